@@ -1,0 +1,1 @@
+"""Mathematics: predictions, schedules, divergences, noise."""

@@ -1,0 +1,1 @@
+"""Denoisers over diffusers backbones, generators and discriminator heads."""

@@ -1,0 +1,30 @@
+"""Denoising score matching in the prediction space of the network."""
+
+import torch
+from torch import Tensor
+
+from diffdiv.models.denoiser import Condition, Denoiser
+
+
+def denoising_loss(
+    denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor
+) -> Tensor:
+    """Mean squared error of the raw prediction (eps, v, flow, or EDM's F).
+
+    For an EDM-preconditioned network this is EDM's weighting lambda(sigma) = 1/c_out^2 of the x0
+    error (arXiv 2206.00364, eq. 8); for eps and v networks the simple loss they were trained with.
+
+    Args:
+        denoiser: network under training.
+        x0: clean samples [B, ...], detached.
+        cond: their conditions.
+        t: times [B].
+        eps: standard normal noise, shape of x0.
+
+    Returns:
+        Loss, float32 scalar.
+    """
+    x_t = denoiser.schedule.add_noise(x0, eps, t)
+    target = denoiser.target(x0, eps, t)
+    error = denoiser.raw(x_t, t, cond).to(torch.promote_types(x0.dtype, torch.float32)) - target
+    return error.square().mean()
