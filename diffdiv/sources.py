@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffdiv.core.noise import normal, permuted
-from diffdiv.data.digits import PromptedDigits, load_digits
+from diffdiv.data.digits import IMAGE_SIZE, PromptedDigits, load_digits
 from diffdiv.data.images import ImageFolder
 from diffdiv.data.prompts import PromptFile
 from diffdiv.models.backbones import LatentCodec, PromptEncoder, num_labels, sample_shape
@@ -44,6 +44,13 @@ class Source:
     uncond: Condition | None
     decode: Callable[[Tensor], Tensor]
 
+    def real_on(self, device: torch.device, indices: Sequence[int]) -> Samples:
+        """Real samples and conditions on ``device``; a source without data raises ValueError."""
+        if self.real is None:
+            raise ValueError("this source has no real samples; use the teacher's (data.real)")
+        x0, cond = self.real(indices)
+        return x0.to(device), cond.to(device)
+
 
 def prompted_digits(teacher: Path, *, seed: int, device: torch.device) -> Source:
     """The embedded text-to-image world: prompts true by construction, latents of its own VAE.
@@ -51,15 +58,17 @@ def prompted_digits(teacher: Path, *, seed: int, device: torch.device) -> Source
     Student prompts and real samples come from independent streams of the same law.
     """
     encode, codec = PromptEncoder(teacher), LatentCodec(teacher, device)
+    shape = codec.latent_shape(IMAGE_SIZE)
     asked = PromptedDigits("train", seed=2 * seed, drop_probability=0.25)
     shown = PromptedDigits("train", seed=2 * seed + 1, drop_probability=0.25)
 
     def real(indices: Sequence[int]) -> Samples:
         batch = shown.batch(indices)
-        return codec.encode(batch.images).cpu(), encode(batch.prompts)
+        eps = normal(shape, seed=seed, purpose="posterior", indices=indices)
+        return codec.encode(batch.images, eps), encode(batch.prompts)
 
     return Source(
-        shape=codec.latent_shape(32),
+        shape=shape,
         conditions=lambda indices: encode(asked.batch(indices).prompts),
         captions=lambda indices: asked.batch(indices).prompts,
         real=real,

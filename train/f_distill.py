@@ -106,11 +106,13 @@ class RecipeConfig(Config):
 def main(config: RecipeConfig) -> None:
     """Train; resumes by itself when the run folder holds a valid state."""
     import copy
+    from functools import partial
 
     import torch
 
     from diffdiv.core.divergence import get_divergence
-    from diffdiv.core.noise import normal, uniform
+    from diffdiv.core.noise import normal
+    from diffdiv.core.schedule import Noising
     from diffdiv.models.backbones import load_denoiser
     from diffdiv.models.denoiser import guided
     from diffdiv.models.discriminator import heads_for
@@ -157,14 +159,9 @@ def main(config: RecipeConfig) -> None:
     run.attach("ratio", ratio)
     preview = Preview(run, source, teacher, generator, half_life=ema[0])
 
-    # -- draws: functions of (seed, purpose, global sample index) ---------------------------------
+    # -- draws: functions of (seed, purpose, global sample index) --------------------------------
     student_times = base.schedule.between(*config.t_range)
-
-    def draw(purpose, indices, schedule=base.schedule):
-        """Times t [B], their ranks u [B], and eps [B, C, H, W]."""
-        u = uniform(seed=seed, purpose=f"{purpose}_t", indices=indices)
-        eps = normal(source.shape, seed=seed, purpose=f"{purpose}_eps", indices=indices)
-        return {"t": schedule.sample_t(u).to(run.device), "u": u, "eps": eps.to(run.device)}
+    draw = partial(Noising.draw, shape=source.shape, seed=seed, device=run.device)
 
     def generate(indices, with_graph):
         """Student samples and their conditions."""
@@ -185,21 +182,19 @@ def main(config: RecipeConfig) -> None:
             while run.updates["fake"] < (run.step + 1) * config.critic_updates:
                 with run.turn(*critics):
                     for indices, (x0, cond) in zip(run.micro_batches("fake"), samples, strict=True):
-                        at = draw("critic", indices)
+                        at = draw(base.schedule, indices=indices, purpose="critic")
                         with run.autocast():
-                            loss, metrics = f_distill.fake_score_loss(fake, x0, cond, **at)
+                            loss, metrics = f_distill.fake_score_loss(fake, x0, cond, at)
                         run.update("fake", loss)
                         if disc is not None:
-                            real_x0, real_cond = source.real(indices)
                             real = f_distill.Real(
-                                real_x0.to(run.device),
-                                real_cond.to(run.device),
-                                **draw("real", indices),
+                                *source.real_on(run.device, indices),
+                                draw(base.schedule, indices=indices, purpose="real"),
                             )
                             with run.autocast():
                                 loss, more = f_distill.density_ratio_loss(
-                                    x0, cond, **at, real=real, critic=critic, ratio=ratio,
-                                    r1_gamma=gan.r1_gamma, r1=gan.r1,
+                                    x0, cond, at, real,
+                                    critic=critic, ratio=ratio, r1_gamma=gan.r1_gamma, r1=gan.r1,
                                 )  # fmt: skip
                             run.update("disc", loss)
                             metrics |= more
@@ -212,8 +207,9 @@ def main(config: RecipeConfig) -> None:
                         x0, cond = generate(indices, with_graph=True)
                     with run.autocast():
                         loss, metrics = f_distill.student_loss(
-                            x0, cond, **draw("student", indices, student_times), critic=critic,
-                            ratio=ratio, gan_weight=gan.weight, balance_gan=gan.balance,
+                            x0, cond, draw(student_times, indices=indices, purpose="student"),
+                            critic=critic, ratio=ratio, gan_weight=gan.weight,
+                            balance_gan=gan.balance,
                         )  # fmt: skip
                     run.update("student", loss)
                     run.log(metrics)

@@ -10,7 +10,7 @@ law, so a uniform number u is at once the draw and its rank (the ratio statistic
 Tables and coefficients are float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor
 
+from diffdiv.core.noise import normal, uniform
 from diffdiv.core.prediction import PredictionKind
 
 _VP_SCHEDULERS = (
@@ -66,11 +67,35 @@ class Schedule:
         return replace(self, quantile=lambda u: quantile(low + (high - low) * u))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t of shape and dtype of ``x0`` (t of shape [B])."""
+        """x_t = alpha x0 + sigma eps, of shape and dtype of ``x0`` (t of shape [B])."""
         shape = (-1, *([1] * (x0.ndim - 1)))
         alpha = self.alpha(t).to(x0.device, x0.dtype).reshape(shape)
         sigma = self.sigma(t).to(x0.device, x0.dtype).reshape(shape)
         return alpha * x0 + sigma * eps
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How a batch is noised: times t [B] with their ranks u [B] in [0, 1), and eps [B, ...]."""
+
+    t: Tensor
+    u: Tensor
+    eps: Tensor
+
+    @staticmethod
+    def draw(
+        schedule: Schedule,
+        shape: Sequence[int],
+        indices: Sequence[int],
+        *,
+        seed: int,
+        purpose: str,
+        device: torch.device,
+    ) -> "Noising":
+        """Times from the schedule's law and standard normal noise, by global sample index."""
+        u = uniform(seed=seed, purpose=f"{purpose}_t", indices=indices)
+        eps = normal(shape, seed=seed, purpose=f"{purpose}_eps", indices=indices)
+        return Noising(schedule.sample_t(u).to(device), u, eps.to(device))
 
 
 def vp_from_betas(betas: Tensor) -> Schedule:

@@ -82,7 +82,7 @@ def load_denoiser(path: Path, *, dtype: torch.dtype = torch.float32) -> Denoiser
         raise ValueError(f"{path / 'unet'}: weights cannot be read ({error})") from None
     sigma_data = scheduler_config.get("sigma_data") if schedule.family == "edm" else None
     return Denoiser(
-        net=net.to(dtype).eval(),
+        net=net.eval(),
         call=call,
         schedule=schedule,
         prediction=prediction,
@@ -110,9 +110,12 @@ class PromptEncoder:
     def __init__(self, path: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         self.text_encoder = CLIPTextModel.from_pretrained(
-            path / "text_encoder", use_safetensors=True, local_files_only=True
+            path / "text_encoder",
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
         )
-        self.text_encoder.float().eval().requires_grad_(False)
+        self.text_encoder.eval().requires_grad_(False)
         self._cache: dict[str, Tensor] = {}
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
@@ -134,9 +137,9 @@ class LatentCodec:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         vae = AutoencoderKL.from_pretrained(
-            path / "vae", use_safetensors=True, local_files_only=True
+            path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-        self.vae = vae.float().to(device).eval().requires_grad_(False)
+        self.vae = vae.to(device).eval().requires_grad_(False)
         self.scale: float = vae.config.scaling_factor
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -145,10 +148,18 @@ class LatentCodec:
         return self.vae.config.latent_channels, size // self.factor, size // self.factor
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Mean latents [B, C, h, w] of images [B, 3, H, W], times the scaling factor."""
-        mean: Tensor = self.vae.encode(images.to(self.vae.device)).latent_dist.mean
-        return mean * self.scale
+    def encode(self, images: Tensor, eps: Tensor) -> Tensor:
+        """Latents of images [B, 3, H, W], drawn from the posterior, times the scaling factor.
+
+        A teacher was trained on posterior samples, so means would betray themselves as "real".
+
+        Args:
+            images: in [-1, 1].
+            eps: standard normal noise [B, C, h, w] of the draw.
+        """
+        posterior = self.vae.encode(images.to(self.vae.device)).latent_dist
+        latents: Tensor = posterior.mean + posterior.std * eps.to(self.vae.device)
+        return latents * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, chunk: int = 64) -> Tensor:

@@ -1,14 +1,12 @@
 """Denoising score matching in the prediction space of the network."""
 
-import torch
 from torch import Tensor
 
+from diffdiv.core.schedule import Noising
 from diffdiv.models.denoiser import Condition, Denoiser
 
 
-def denoising_loss(
-    denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor
-) -> Tensor:
+def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Condition, at: Noising) -> Tensor:
     """Mean squared error of the raw prediction (eps, v, flow, or EDM's F).
 
     For an EDM-preconditioned network this is EDM's weighting lambda(sigma) = 1/c_out^2 of the x0
@@ -18,13 +16,12 @@ def denoising_loss(
         denoiser: network under training.
         x0: clean samples [B, ...], detached.
         cond: their conditions.
-        t: times [B].
-        eps: standard normal noise, shape of x0.
+        at: their times and noise.
 
     Returns:
         Loss, float32 scalar.
     """
-    x_t = denoiser.schedule.add_noise(x0, eps, t)
-    target = denoiser.target(x0, eps, t)
-    error = denoiser.raw(x_t, t, cond).to(torch.promote_types(x0.dtype, torch.float32)) - target
+    x_t = denoiser.schedule.add_noise(x0, at.eps, at.t)
+    target = denoiser.target(x0, at.eps, at.t)
+    error = denoiser.raw(x_t, at.t, cond).to(target.dtype) - target
     return error.square().mean()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffdiv.core.divergence import Divergence
+from diffdiv.core.schedule import Noising
 from diffdiv.core.tensor import expand_like, flat_mean, loss_with_gradient, sum_over_ranks
 from diffdiv.models.denoiser import Condition, Denoiser, GuidedDenoiser, concatenate
 from diffdiv.models.discriminator import DiscriminatorHeads
@@ -222,12 +223,10 @@ class Critic:
 def student_loss(
     x0: Tensor,
     cond: Condition,
+    at: Noising,
     *,
-    t: Tensor,
-    u: Tensor,
-    eps: Tensor,
     critic: Critic,
-    ratio: RatioStatistics,
+    ratio: RatioStatistics | None,
     gan_weight: float | None = None,
     balance_gan: bool = False,
 ) -> tuple[Tensor, Metrics]:
@@ -239,10 +238,10 @@ def student_loss(
     Args:
         x0: student samples with graph, shape [B, C, H, W].
         cond: their conditions.
-        t: times [B]; ``u``: their ranks in [0, 1).
-        eps: standard normal noise, shape of x0.
+        at: times (with ranks) and noise for them.
         critic: teacher, fake score and heads.
-        ratio: running statistics; the logits are observed, the caller commits.
+        ratio: running statistics; the logits are observed, the caller commits. None only without
+            discriminator (plain reverse KL).
         gan_weight: lambda of the generator's GAN loss; None = off.
         balance_gan: rescale so that ||GAN gradient|| = gan_weight * ||VSD gradient|| at x0.
 
@@ -250,14 +249,15 @@ def student_loss(
         Loss (its value is <gradient, x0>, without meaning) and metrics.
     """
     leaf = x0.detach().requires_grad_(gan_weight is not None)
-    x_t = critic.fake.schedule.add_noise(leaf, eps, t)
+    x_t = critic.fake.schedule.add_noise(leaf, at.eps, at.t)
     with torch.set_grad_enabled(gan_weight is not None):
-        teacher_x0, fake_x0, log_r = critic.judge(x_t, t, cond)
+        teacher_x0, fake_x0, log_r = critic.judge(x_t, at.t, cond)
     grad = vsd_direction(leaf, teacher_x0, fake_x0)
     metrics: Metrics = {}
     if log_r is not None:
-        weights = ratio.weights(log_r, u)
-        ratio.observe(log_r, u)
+        assert ratio is not None
+        weights = ratio.weights(log_r, at.u)
+        ratio.observe(log_r, at.u)
         grad = expand_like(weights, grad) * grad
         metrics |= {"ratio/log_r_mean": log_r.detach().mean(), "ratio/weight_max": weights.max()}
     grad = grad / grad.numel()
@@ -281,10 +281,10 @@ def _global_norm(x: Tensor) -> Tensor:
 
 
 def fake_score_loss(
-    fake: Denoiser, x0: Tensor, cond: Condition, *, t: Tensor, eps: Tensor
+    fake: Denoiser, x0: Tensor, cond: Condition, at: Noising
 ) -> tuple[Tensor, Metrics]:
     """Denoising score matching of the fake score on (detached) student samples."""
-    loss = denoising_loss(fake, x0.detach(), cond, t, eps)
+    loss = denoising_loss(fake, x0.detach(), cond, at)
     return loss, {"fake/loss": loss.detach()}
 
 
@@ -294,18 +294,15 @@ class Real:
 
     x0: Tensor
     cond: Condition
-    t: Tensor
-    eps: Tensor
+    at: Noising
 
 
 def density_ratio_loss(
     x0: Tensor,
     cond: Condition,
-    *,
-    t: Tensor,
-    u: Tensor,
-    eps: Tensor,
+    at: Noising,
     real: Real,
+    *,
     critic: Critic,
     ratio: RatioStatistics,
     r1_gamma: float = 0.0,
@@ -318,18 +315,18 @@ def density_ratio_loss(
 
     Args:
         x0: student samples, [B, ...]; detached here.
-        cond, t, u, eps: as in :func:`student_loss`.
+        cond, at: as in :func:`student_loss`.
         real: as many real samples.
         r1_gamma: weight of the R1 penalty; 0 = off.
         r1: exact (second derivative) or by finite differences.
     """
     schedule = critic.fake.schedule
-    x_t_fake = schedule.add_noise(x0.detach(), eps, t)
-    x_t_real = schedule.add_noise(real.x0, real.eps, real.t)
+    x_t_fake = schedule.add_noise(x0.detach(), at.eps, at.t)
+    x_t_real = schedule.add_noise(real.x0, real.at.eps, real.at.t)
     both = torch.cat([x_t_fake, x_t_real])
-    log_r = critic.logits(both, torch.cat([t, real.t]), concatenate([cond, real.cond]))
+    log_r = critic.logits(both, torch.cat([at.t, real.at.t]), concatenate([cond, real.cond]))
     log_r_fake, log_r_real = log_r.split([len(x0), len(real.x0)])
-    ratio.observe(log_r_fake, u)
+    ratio.observe(log_r_fake, at.u)
     loss = discriminator_loss(log_r_fake, log_r_real)
     metrics: Metrics = {
         "disc/loss": loss.detach(),
@@ -338,12 +335,12 @@ def density_ratio_loss(
     if r1_gamma > 0:
 
         def logits(x_t: Tensor) -> Tensor:
-            return critic.logits(x_t, real.t, real.cond)
+            return critic.logits(x_t, real.at.t, real.cond)
 
         if r1 == "exact":
             penalty = r1_penalty(logits, x_t_real)
         else:
-            penalty = approximate_r1_penalty(logits, x_t_real, log_r_real, real.eps.roll(1, 0))
+            penalty = approximate_r1_penalty(logits, x_t_real, log_r_real, real.at.eps.roll(1, 0))
         metrics["disc/r1"] = penalty.detach()
         loss = loss + r1_gamma * penalty
     return loss, metrics
