@@ -3,11 +3,10 @@
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-import yaml
 from torch import Tensor
 
 from diffdiv.core.noise import normal
@@ -20,16 +19,11 @@ from diffdiv.metrics.judge import (
     judge_frechet,
     load_judge,
 )
-from diffdiv.models.backbones import PromptEncoder, load_denoiser
-from diffdiv.models.denoiser import Condition, guided
-from diffdiv.models.generator import Generator
+from diffdiv.models.backbones import PromptEncoder
+from diffdiv.models.denoiser import Condition, GuidedDenoiser
 from diffdiv.resources import resource
-from diffdiv.runtime.checkpoint import load_weights
+from diffdiv.runtime.student import OpenedRun, open_run
 from diffdiv.samplers import sample_ode, time_grid
-from diffdiv.sources import Source, open_source
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Sampler = Callable[[Tensor, Condition], Tensor]
 REFERENCE_SIZE = 6000
@@ -94,113 +88,70 @@ def digits_exam(num: int) -> Exam:
     )
 
 
-def draw_images(
-    sampler: Sampler, source: Source, exam: Exam, *, num: int, seed: int, device: torch.device
-) -> Tensor:
-    """Images [num, C, H, W] in [-1, 1]: sample i from conditions i and noise (seed, i)."""
-    parts = []
-    for start in range(0, num, 100):
-        indices = range(start, min(start + 100, num))
-        z = normal(source.shape, seed=seed, purpose="evaluation", indices=indices).to(device)
-        with torch.no_grad():
-            parts.append(source.decode(sampler(z, exam.conditions(indices).to(device))))
-    return torch.cat(parts)
-
-
 def evaluate_path(
-    path: Path,
-    *,
-    num: int = 1000,
-    seed: int = 0,
-    out: Path | None = None,
-    inception: Path | None = None,
+    path: Path, *, num: int = 1000, seed: int = 0, out: Path | None = None
 ) -> Evaluation:
     """Teacher and student of an f-distill run, marked alike; writes evaluation.json.
 
     Args:
         path: run folder.
-        num: images a row.
+        num: images a row; row by row the same conditions and noise.
         seed: of the noise.
-        out: JSON file besides the run's evaluation.json.
-        inception: Inception weights for FID, KID, precision and recall on image folders.
+        out: JSON file to write besides the run's evaluation.json.
 
     Raises:
         ValueError: if the folder holds no f-distill run, or its data cannot be marked.
     """
-    config_file = path / "config.yaml"
-    if not config_file.is_file():
-        raise ValueError(f"{path}: no config.yaml here; evaluate takes a run folder")
-    config: Mapping[str, dict] = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    if "student" not in config:
-        raise ValueError(f"{path}: a run without a student ({config.get('recipe')})")
-    teacher_path = Path(config["teacher"]["path"])
-    half_life = config["student"]["ema_half_lives"][0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_denoiser(teacher_path)
-    base.net.to(device)
-    scale, data = config["teacher"]["guidance_scale"], config["data"]
-    source = open_source(
-        data["kind"],
-        None if data["path"] is None else Path(data["path"]),
-        teacher_path=teacher_path,
-        teacher=base,
-        guidance_scale=scale,
-        teacher_pool=None,
-        seed=config["run"]["seed"],
-        device=device,
-    )
-    exam = _exam(data["kind"], source, teacher_path, num, inception)
-    teacher = guided(base, scale, source.uncond)
-    branches = 1 if scale in (None, 1.0) else 2
-    student = config["student"]
-    generator = Generator(base, student["t_init"], student["input_convention"])
-    heun = base.schedule.family == "edm"
+    opened = open_run(path, device)
+    exam = _exam(opened, num)
+    schedule = opened.base.schedule
+    heun = schedule.family == "edm"
     steps = 18 if heun else 20
+    guidance, branches = "", 1
+    if isinstance(opened.teacher, GuidedDenoiser):
+        guidance, branches = f", guidance {opened.teacher.scale:g}", 2
 
-    def sample_teacher(z: Tensor, cond: Condition) -> Tensor:
-        return sample_ode(teacher, z, cond, time_grid(base.schedule, steps), heun=heun)
+    def mark(name: str, network_evaluations: int, sampler: Sampler) -> Row:
+        parts = []
+        for start in range(0, num, 100):
+            indices = range(start, min(start + 100, num))
+            z = normal(opened.source.shape, seed=seed, purpose="evaluation", indices=indices)
+            with torch.no_grad():
+                x0 = sampler(z.to(device), exam.conditions(indices).to(device))
+            parts.append(opened.source.decode(x0))
+        metrics = exam.mark(torch.cat(parts))
+        return {"name": name, "network_evaluations": network_evaluations, "metrics": metrics}
 
-    evaluations = (2 * steps - 1 if heun else steps) * branches
-    guidance = f", guidance {scale:g}" if branches == 2 else ""
     rows = [
-        (
+        mark(
             f"teacher, {steps} {'Heun' if heun else 'DDIM'} steps{guidance}",
-            evaluations,
-            sample_teacher,
+            (2 * steps - 1 if heun else steps) * branches,
+            partial(sample_ode, opened.teacher, times=time_grid(schedule, steps), heun=heun),
         ),
-        ("teacher's weights, 1 step (the student before training)", 1, generator),
+        mark("teacher's weights, 1 step", 1, opened.generator.with_net(opened.base.net)),
+        mark("student, 1 step", 1, opened.generator),
     ]
-    marks: list[Row] = []
-    common = {"num": num, "seed": seed, "device": device}
-    for name, count, sampler in rows:
-        metrics = exam.mark(draw_images(sampler, source, exam, **common))
-        marks.append({"name": name, "network_evaluations": count, "metrics": metrics})
-    base.net.load_state_dict(load_weights(path, "student", half_life))
-    metrics = exam.mark(draw_images(generator, source, exam, **common))
-    marks.append({"name": "student, 1 step", "network_evaluations": 1, "metrics": metrics})
+    command = ["diffdiv", "evaluate", path.name, "--num", str(num), "--seed", str(seed)]
     card = metric_card(
         n=num,
         seed=seed,
         features=exam.features,
         device=device,
-        command=shlex.join(
-            ["diffdiv", "evaluate", path.name, "--num", str(num), "--seed", str(seed)]
-        ),
+        command=shlex.join(command),
         weights=exam.weights,
-        ema_half_life=half_life,
+        ema_half_life=opened.half_life,
     )
-    written = write_evaluation(path, marks, card)
+    written = write_evaluation(path, rows, card)
     if out is not None:
         out.write_bytes(written.read_bytes())
-    return {"rows": marks, "card": card}
+    return {"rows": rows, "card": card}
 
 
-def _exam(kind: str, source: Source, teacher: Path, num: int, inception: Path | None) -> Exam:
-    match kind:
+def _exam(opened: OpenedRun, num: int) -> Exam:
+    match opened.kind:
         case "prompted_digits":
-            return prompted_digits_exam(teacher, num)
+            return prompted_digits_exam(opened.teacher_path, num)
         case "digits":
             return digits_exam(num)
-    if source.real is None:
-        raise ValueError("prompts without images cannot be marked; evaluate on an image folder")
-    raise ValueError(f"data kind {kind!r} has no exam yet")
+    raise ValueError(f"data kind {opened.kind!r} has no exam yet")

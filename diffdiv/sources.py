@@ -35,6 +35,7 @@ class Source:
         real: global indices -> (x0, cond) for the discriminator; None = there is no data.
         uncond: condition of batch 1 without content, for guidance; None = the network has none.
         decode: x0 -> images in [-1, 1], [B, 1 or 3, H, W], on the CPU.
+        num_labels: classes; 0 for sources without labels.
     """
 
     shape: tuple[int, int, int]
@@ -43,6 +44,7 @@ class Source:
     real: Callable[[Sequence[int]], Samples] | None
     uncond: Condition | None
     decode: Callable[[Tensor], Tensor]
+    num_labels: int = 0
 
     def real_on(self, device: torch.device, indices: Sequence[int]) -> Samples:
         """Real samples and conditions on ``device``; a source without data raises ValueError."""
@@ -97,44 +99,31 @@ def prompt_file(
     )
 
 
-def digits(*, null_label: int | None, seed: int) -> Source:
-    """The 8x8 grey digits of scikit-learn with their labels, pixels in [-1, 1]."""
+def digits(*, conditional: bool, null_label: int | None, seed: int) -> Source:
+    """The 8x8 grey digits of scikit-learn, pixels in [-1, 1], with or without their labels."""
     x0, labels = load_digits("train")
 
     def real(indices: Sequence[int]) -> Samples:
         rows = [permuted(i, len(x0), seed=seed, purpose="digits") for i in indices]
-        return x0[rows], Condition(label=labels[rows])
+        return x0[rows], Condition(label=labels[rows] if conditional else None)
 
-    return _pixels((1, 8, 8), real, [str(d) for d in range(10)], null_label, seed)
+    classes = [str(digit) for digit in range(10)] if conditional else []
+    return _pixels((1, 8, 8), real, classes, null_label, seed)
 
 
-def image_folder(path: Path, *, shape: tuple[int, int, int], labels: int, seed: int) -> Source:
-    """Images of a folder; with ``labels`` > 0 its sub-folders are the classes.
-
-    Args:
-        path: folder of images.
-        shape: (channels, size, size) of the teacher.
-        labels: size of the teacher's class embedding; one more than the classes if it has a null
-            class; 0 = unconditional.
-        seed: of the order and of flips.
-
-    Raises:
-        ValueError: if the number of sub-folders does not fit the teacher.
-    """
-    folder = ImageFolder(path, shape[1], channels=shape[0], class_from="folder" if labels else None)
-    classes = folder.classes
-    if labels and labels - len(classes) not in (0, 1):
-        raise ValueError(
-            f"{path}: {len(classes)} sub-folders (classes) do not fit the teacher's class "
-            f"embedding of size {labels} (that many classes, or one fewer beside a null class)"
-        )
+def image_folder(
+    path: Path, *, shape: tuple[int, int, int], conditional: bool, seed: int
+) -> Source:
+    """Images of a folder, resized to ``shape``; when conditional, its sub-folders are classes."""
+    folder = ImageFolder(
+        path, shape[1], channels=shape[0], class_from="folder" if conditional else None
+    )
 
     def real(indices: Sequence[int]) -> Samples:
         x0, label = folder.batch(indices, seed)
         return x0, Condition(label=label)
 
-    null_label = len(classes) if labels == len(classes) + 1 else None
-    return _pixels(shape, real, classes if labels else [], null_label, seed)
+    return _pixels(shape, real, folder.classes if conditional else [], None, seed)
 
 
 def _pixels(
@@ -159,6 +148,7 @@ def _pixels(
         real=real,
         uncond=None if null_label is None else Condition(label=torch.tensor([null_label])),
         decode=lambda x0: x0.float().clamp(-1, 1).cpu(),
+        num_labels=len(classes),
     )
 
 
@@ -237,10 +227,19 @@ def open_source(
                 teacher_path, path, sample_size=wanted[1], seed=seed, device=device
             )
         case "digits":
-            source = digits(null_label=10 if labels == 11 else None, seed=seed)
+            null = 10 if labels == 11 else None
+            source = digits(conditional=labels > 0, null_label=null, seed=seed)
         case _:
             assert path is not None
-            source = image_folder(path, shape=wanted, labels=labels, seed=seed)
+            source = image_folder(path, shape=wanted, conditional=labels > 0, seed=seed)
+            if labels - source.num_labels == 1:  # the class after the last one means "no class"
+                source = replace(source, uncond=Condition(label=torch.tensor([labels - 1])))
+    null_classes = 0 if source.uncond is None or labels == 0 else 1
+    if labels != source.num_labels + null_classes:
+        raise ValueError(
+            f"{path or kind}: {source.num_labels} classes for a teacher with a class embedding of "
+            f"size {labels} (equal, or one more for a null class)"
+        )
     if source.shape != wanted:
         raise ValueError(f"data of shape {source.shape} for a teacher of {wanted} ({teacher_path})")
     if teacher_pool is None:

@@ -86,6 +86,7 @@ class DataConfig(Config):
 class RecipeConfig(Config):
     """Everything a run of f-distill depends on."""
 
+    recipe: Literal["f_distill"] = "f_distill"
     run: RunConfig
     teacher: TeacherConfig
     student: StudentConfig
@@ -120,6 +121,7 @@ def main(config: RecipeConfig) -> None:
     from diffdiv.objectives import f_distill
     from diffdiv.runtime.preview import Preview
     from diffdiv.runtime.run import Run
+    from diffdiv.samplers import sample_ode, time_grid
     from diffdiv.sources import open_source
 
     # -- networks: the student and the fake score start as copies of the teacher ------------------
@@ -157,7 +159,8 @@ def main(config: RecipeConfig) -> None:
         clip=config.divergence.clip,
     )
     run.attach("ratio", ratio)
-    preview = Preview(run, source, teacher, generator, half_life=ema[0])
+    beside = partial(sample_ode, teacher, times=time_grid(base.schedule, 20))
+    preview = Preview(run, source, "student", ema[0], generator.with_net, teacher=beside)
 
     # -- draws: functions of (seed, purpose, global sample index) --------------------------------
     student_times = base.schedule.between(*config.t_range)

@@ -4,12 +4,17 @@ Only local folders are read, only safetensors, never code.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+
+# concrete modules: mypy sees the placeholders of the lazy top level
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -102,6 +107,59 @@ def sample_shape(net: nn.Module) -> tuple[int, int, int]:
 def num_labels(net: nn.Module) -> int:
     """Size of a backbone's class embedding; 0 without one."""
     return cast("dict[str, int | None]", net.config)["num_class_embeds"] or 0
+
+
+def build_unet2d(
+    shape: tuple[int, int, int],
+    *,
+    channels: Sequence[int],
+    layers: int,
+    attention: Sequence[int],
+    num_labels: int,
+) -> UNet2DModel:
+    """A fresh pixel-space network.
+
+    Args:
+        shape: of a sample, (C, H, W).
+        channels: of each level; the resolution halves between levels.
+        layers: residual blocks a level.
+        attention: levels with self-attention.
+        num_labels: classes; 0 = unconditional.
+
+    Raises:
+        ValueError: if the size does not halve that often.
+    """
+    halvings = 2 ** (len(channels) - 1)
+    if shape[1] % halvings or shape[2] % halvings:
+        raise ValueError(
+            f"samples of {shape[1]}x{shape[2]} pixels do not halve {len(channels) - 1} times"
+        )
+    attends = [level in attention for level in range(len(channels))]
+    return UNet2DModel(
+        sample_size=shape[1],
+        in_channels=shape[0],
+        out_channels=shape[0],
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        num_class_embeds=num_labels or None,
+    )
+
+
+def save_edm_teacher(
+    net: UNet2DModel,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    sigma_data: float,
+    sigma_max: float,
+) -> None:
+    """Write ``unet/`` (``net``, given these weights) and ``scheduler/`` (EDMEulerScheduler)."""
+    net.load_state_dict(weights)
+    net.save_pretrained(folder / "unet")
+    scheduler = EDMEulerScheduler(sigma_data=sigma_data, sigma_max=sigma_max)
+    scheduler.save_config(folder / "scheduler")
 
 
 class PromptEncoder:

@@ -1,7 +1,7 @@
 """Sample grids during training: the student at fixed prompts and noise, the teacher beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,8 @@ from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
 from diffdiv.core.noise import normal
-from diffdiv.models.denoiser import Denoiser, GuidedDenoiser
-from diffdiv.models.generator import Generator
+from diffdiv.models.denoiser import Condition
 from diffdiv.runtime.run import Run
-from diffdiv.samplers import sample_ode, time_grid
 from diffdiv.sources import Source
 
 _FIRST_INDEX = 10**9  # far from every training index
@@ -31,15 +29,19 @@ class WithWeights(nn.Module):
         return self._call(args, kwargs)
 
 
+Sampler = Callable[[Tensor, Condition], Tensor]
+
+
 class Preview:
     """Draws ``samples/step-*.png`` and, once, ``samples/teacher.png`` and ``captions.json``.
 
     Args:
         run: whose folder, step and averaged weights are used; only rank 0 draws.
         source: conditions, captions, decoding.
-        teacher: sampled in 20 steps from the same noise.
-        generator: the student.
-        half_life: of the average that is shown, in images.
+        name: of the network that is shown.
+        half_life: of its average, in images.
+        sampler_with: network -> sampler (standard normal z [B, ...], cond) -> x0.
+        teacher: drawn once from the same noise and conditions, or None.
         count: number of samples.
     """
 
@@ -47,39 +49,38 @@ class Preview:
         self,
         run: Run,
         source: Source,
-        teacher: Denoiser | GuidedDenoiser,
-        generator: Generator,
-        *,
+        name: str,
         half_life: int,
+        sampler_with: Callable[[nn.Module], Sampler],
+        *,
+        teacher: Sampler | None = None,
         count: int = 32,
     ) -> None:
-        self.run, self.source, self.teacher, self.generator = run, source, teacher, generator
-        self.half_life = half_life
+        self.run, self.source, self.name, self.half_life = run, source, name, half_life
+        self.sampler_with, self.teacher = sampler_with, teacher
         self.indices = range(_FIRST_INDEX, _FIRST_INDEX + count)
         self.folder = run.folder / "samples"
 
     def show(self) -> None:
-        """Draw the student at the present step (and the teacher if that was not done yet)."""
+        """Draw at the present step (and the teacher if that was not done yet)."""
         if not self.run.is_main:
             return
         self.folder.mkdir(exist_ok=True)
         z = normal(self.source.shape, seed=self.run.config.seed, purpose="z", indices=self.indices)
         z = z.to(self.run.device)
         cond = self.source.conditions(self.indices).to(self.run.device)
-        if not (self.folder / "teacher.png").is_file():
-            schedule = self.generator.denoiser.schedule
-            self._save("teacher", sample_ode(self.teacher, z, cond, time_grid(schedule, 20)))
-            captions = {
-                "prompts": self.source.captions(self.indices),
-                "rows": -(-len(self.indices) // _COLUMNS),
-                "columns": _COLUMNS,
-            }
-            (self.folder / "captions.json").write_text(json.dumps(captions, indent=1))
-        student = self.run.networks["student"].module
-        weights = self.run.ema_weights("student", self.half_life)
         with torch.no_grad():
-            x0 = self.generator.with_net(WithWeights(student, weights))(z, cond)
-        self._save(f"step-{self.run.step:08d}", x0)
+            if self.teacher is not None and not (self.folder / "teacher.png").is_file():
+                self._save("teacher", self.teacher(z, cond))
+            module = self.run.networks[self.name].module
+            shown = WithWeights(module, self.run.ema_weights(self.name, self.half_life))
+            self._save(f"step-{self.run.step:08d}", self.sampler_with(shown)(z, cond))
+        captions = {
+            "prompts": self.source.captions(self.indices),
+            "rows": -(-len(self.indices) // _COLUMNS),
+            "columns": _COLUMNS,
+        }
+        (self.folder / "captions.json").write_text(json.dumps(captions, indent=1))
 
     def _save(self, name: str, x0: Tensor) -> None:
         images = (self.source.decode(x0) + 1) / 2

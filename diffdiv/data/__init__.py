@@ -1,0 +1,1 @@
+"""Sources of data: by global sample index, the same on every rank and for every batch size."""

@@ -1,0 +1,1 @@
+"""Measures of generated samples; each says what it was computed with."""

@@ -1,0 +1,152 @@
+"""Distances between sets of images, and agreement of images with their prompts.
+
+FID: Heusel et al., arXiv 1706.08500; KID: Binkowski et al., arXiv 1801.01401; precision and
+recall: Kynkaanniemi et al., arXiv 1904.06991; CLIP score: Hessel et al., arXiv 2104.08718. The
+first three compare features, and only features of one particular Inception network give numbers
+that may be called FID or KID. Nothing is downloaded.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from cleanfid.fid import fid_from_feats
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from transformers import CLIPModel, CLIPProcessor
+
+from diffdiv.metrics.card import file_sha256
+from diffdiv.metrics.frechet import frechet_distance
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+Features = Callable[[Tensor], Tensor]
+
+
+def image_metrics(
+    real: Iterable[Tensor],
+    fake: Iterable[Tensor],
+    *,
+    inception: Path | Features,
+    device: torch.device | str = "cpu",
+    neighbours: int = 3,
+    cross_check: bool = False,
+) -> dict[str, float]:
+    """Frechet and kernel distance, precision and recall of generated against real images.
+
+    Args:
+        real: batches [B, 3, H, W] in [-1, 1] (as a list or generator; one batch is a list of one).
+        fake: generated images, likewise; at least two of each, and more than ``neighbours``.
+        inception: path of the Inception weights of FID, or another network that maps uint8 images
+            [B, 3, H, W] to features [B, D].
+        device: where images go before the network.
+        neighbours: of precision and recall.
+        cross_check: also the Frechet distance by clean-fid's formula, from the same features.
+
+    Returns:
+        "fid", "kid", "precision" and "recall" with Inception weights, otherwise
+        "frechet_distance", "kernel_distance", "precision" and "recall".
+
+    Raises:
+        FileNotFoundError: without the weights; says which they are and where they come from.
+        ValueError: if the file is another one, or there are too few images.
+    """
+    if isinstance(inception, Path):
+        network = _inception(inception, device)
+        names = ("fid", "kid")
+    else:
+        network, names = inception, ("frechet_distance", "kernel_distance")
+    features_fake, features_real = (
+        torch.cat([network(_to_uint8(batch).to(device)).cpu().float() for batch in batches])
+        for batches in (fake, real)
+    )
+    fewest = min(len(features_real), len(features_fake))
+    if fewest <= neighbours:
+        raise ValueError(f"{fewest} images are too few for {neighbours} neighbours")
+    kernel = kid_features_to_metric(
+        features_fake, features_real, kid_subset_size=min(fewest, 1000), verbose=False
+    )
+    overlap = prc_features_to_metric(
+        features_fake, features_real, prc_neighborhood=neighbours, verbose=False
+    )
+    metrics = {
+        names[0]: frechet_distance(features_real, features_fake),
+        names[1]: float(kernel["kernel_inception_distance_mean"]),
+        "precision": float(overlap["precision"]),
+        "recall": float(overlap["recall"]),
+    }
+    if cross_check:
+        arrays = (features.double().numpy() for features in (features_real, features_fake))
+        metrics[f"{names[0]}_clean_fid"] = float(fid_from_feats(*arrays))
+    return metrics
+
+
+@torch.no_grad()
+def clip_score(
+    images: Tensor, prompts: Sequence[str], clip: Path, *, device: torch.device | str = "cpu"
+) -> float:
+    """Mean of 100 max(0, cosine) between the CLIP embeddings of images and their prompts.
+
+    Args:
+        images: [B, 3, H, W] in [-1, 1].
+        prompts: one for each image; cut to the length CLIP knows.
+        clip: local transformers folder of a CLIP model with its processor.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the numbers of images and prompts differ.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images, but {len(prompts)} prompts")
+    if not (clip / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{clip}: no CLIP model there; the CLIP score needs a local copy of one, such as "
+            "openai/clip-vit-large-patch14 (MIT), as written by save_pretrained"
+        )
+    model = CLIPModel.from_pretrained(clip, use_safetensors=True, local_files_only=True)
+    processor = CLIPProcessor.from_pretrained(clip, local_files_only=True)
+    model.float().to(device).eval()
+    pairs = zip(_to_uint8(images).split(64), range(0, len(prompts), 64), strict=True)
+    total = 0.0
+    for batch, start in pairs:
+        inputs = processor(
+            text=list(prompts[start : start + 64]),
+            images=list(batch),
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        )
+        out = model(**inputs.to(device))  # embeddings come normalised
+        total += float((out.image_embeds * out.text_embeds).sum(1).clamp_min(0).sum())
+    return 100 * total / len(images)
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, as an image file would store it; grey becomes RGB."""
+    rounded = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rounded.expand(-1, 3, -1, -1)
+
+
+def _inception(path: Path, device: torch.device | str) -> Features:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; FID needs {INCEPTION_FILE} (Apache-2.0) from the release v0.2.0"
+            " of github.com/toshas/torch-fidelity, and no other features may be called FID"
+        )
+    # torch-fidelity unpickles without restrictions: only the one published file may reach it.
+    if file_sha256(path) != INCEPTION_SHA256:
+        raise ValueError(f"{path}: is not {INCEPTION_FILE} (its SHA-256 differs), so gives no FID")
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+    ).to(device)
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            (pooled,) = network(images)
+        assert isinstance(pooled, Tensor)
+        return pooled
+
+    return features

@@ -1,0 +1,127 @@
+"""Starting recipes: loading a recipe file by its path, in this process or in several.
+
+Nothing heavy is imported at the top: a wrong configuration is told before torch is loaded.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from diffdiv.resources import resource
+from diffdiv.runtime.config import Config, ConfigError, load_config
+
+INTERRUPTED = 75  # exit status of a run that was stopped by a signal and saved its state
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: its configuration class and its loop."""
+
+    name: str
+    path: Path
+    config_class: type[Config]
+    main: Callable[[Config], None]
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Load ``train/NAME.py``, or the file at a path that ends in ``.py``.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe.
+        TypeError: if the file lacks ``RecipeConfig`` or ``main``.
+    """
+    path = Path(name_or_path)
+    path = path.resolve() if path.suffix == ".py" else resource(f"train/{name_or_path}.py")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe file {path}")
+    # Registered under its own name, for pydantic resolves annotations through sys.modules.
+    module_name = f"diffdiv_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    found = vars(module)
+    config_class, main = found.get("RecipeConfig"), found.get("main")
+    if not (isinstance(config_class, type) and issubclass(config_class, Config) and callable(main)):
+        raise TypeError(f"{path} must define `class RecipeConfig(Config)` and `def main(config)`")
+    return Recipe(name=path.stem, path=path, config_class=config_class, main=main)
+
+
+def run_recipe_file(path: str | Path, argv: Sequence[str] | None = None) -> None:
+    """What a recipe's ``if __name__ == "__main__"`` calls, under any launcher.
+
+    Args:
+        path: of the recipe file.
+        argv: CONFIG key=value ...; the command line's by default.
+
+    Raises:
+        SystemExit: 2 for a wrong configuration, 1 for a run that failed in a known way, each with
+            a message and no traceback; 75 for an interrupted run that saved its state.
+    """
+    recipe, argv = load_recipe(path), sys.argv[1:] if argv is None else argv
+    if not argv:
+        _leave(2, f"usage: {recipe.path.name} CONFIG [key=value ...]")
+    try:
+        config = load_config(argv[0], argv[1:], recipe.config_class)
+    except ConfigError as error:
+        _leave(2, str(error))
+    from diffdiv.runtime.checkpoint import CheckpointError
+
+    try:
+        recipe.main(config)
+    except (FloatingPointError, CheckpointError) as error:
+        _leave(1, f"{type(error).__name__}: {error}")
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def launch(recipe_path: str | Path, argv: Sequence[str], processes: int) -> int:
+    """Run a recipe in this process (1) or in several on this machine; returns the exit status.
+
+    Raises:
+        ValueError: if ``processes`` is not positive.
+    """
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}")
+    if processes == 1:
+        try:
+            run_recipe_file(recipe_path, argv)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else 1
+        return 0
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Of one machine's threads every process gets its share, unless the user has decided.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"diffdiv-{os.getpid()}",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(str(recipe_path), *argv)
+    except SignalException:  # passed on to the children, who save a state and leave
+        return INTERRUPTED
+    except ChildFailedError as error:
+        # A child killed by signal n has exit code -n; shells call that 128 + n.
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(status)

@@ -1,0 +1,129 @@
+"""A network that a run trains: its parameters, AdamW, averages, and one update of all that."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffdiv.core.tensor import sum_over_ranks
+from diffdiv.runtime.checkpoint import read_tensors
+from diffdiv.runtime.config import OptimizerConfig
+from diffdiv.runtime.ema import EMA
+
+
+def learning_rate_factor(config: OptimizerConfig, *, updates: int, progress: float) -> float:
+    """Share of the peak learning rate for the next update, a pure function of counters.
+
+    Linear warm-up over the network's own ``warmup_steps`` updates; linear decay to 0 over the last
+    ``decay_fraction`` of the run (``progress`` in [0, 1) is that of the main network), so that
+    networks of every rhythm end together.
+    """
+    warmup = min(1.0, (updates + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    left = (1 - progress) / config.decay_fraction if config.decay_fraction else 1.0
+    return warmup * max(0.0, min(1.0, left))
+
+
+class Network:
+    """What belongs to one trained network of a run.
+
+    ``module`` is the network as given: call it outside its own turn, take weights from it.
+    ``trained`` is what its own turn calls: the DDP wrapper, or the module itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        trained: nn.Module,
+        lr: float,
+        config: OptimizerConfig,
+        ema_half_lives: Sequence[int],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.name, self.module, self.trained = name, module, trained
+        self.lr, self.config, self.scaler = lr, config, scaler
+        self.parameters = {k: v for k, v in module.named_parameters() if v.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema = {half: EMA(self.parameters, half_life=half) for half in ema_half_lives}
+        self.updates = 0
+        self.skips = 0  # in a row
+        self._losses_finite: list[Tensor] = []  # of the present update
+
+    def backward(self, loss: Tensor, *, share: int) -> None:
+        """Add the gradient of ``loss / share``."""
+        self._losses_finite.append(torch.isfinite(loss.detach()).all())
+        loss = loss / share
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the gradient, which backward has averaged over ranks."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grads = [value.grad for value in self.parameters.values() if value.grad is not None]
+        if not grads:
+            raise ValueError(f"the loss given to update({self.name!r}) reaches none of its weights")
+        return torch.nn.utils.get_total_norm(grads)
+
+    def not_finite(self, norm: Tensor, *, rank: int, world_size: int) -> str | None:
+        """None if the losses of all ranks and the norm are finite, else what was not."""
+        flags = torch.zeros(world_size + 1, device=norm.device)
+        flags[rank] = ~torch.stack(self._losses_finite).all()
+        flags[-1] = ~torch.isfinite(norm)
+        self._losses_finite.clear()
+        *losses, gradient = sum_over_ranks(flags).tolist()
+        if ranks := ", ".join(str(number) for number, bad in enumerate(losses) if bad):
+            return f"the loss of rank {ranks} is not finite"
+        return "the gradient is not finite" if gradient else None
+
+    def step(self, norm: Tensor, *, lr: float, images: int) -> None:
+        """Clip by the norm already known, step, average."""
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for ema in self.ema.values():
+            ema.update(self.parameters, images=images)
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything to save, by file stem; the optimiser's as "parameter|key".
+
+        AdamW's settings are those of the configuration, and its learning rate that of the counters.
+        """
+        moments = {
+            f"{name}|{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        averages = {f"{self.name}.ema-{half}": ema.weights for half, ema in self.ema.items()}
+        weights = self.module.state_dict()
+        return {self.name: weights, f"{self.name}.optimizer": moments, **averages}
+
+    def values(self) -> dict[str, object]:
+        """Counters to save as JSON."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"updates": self.updates, "skips": self.skips, "scaler": scaler}
+
+    def load(self, state: Path) -> None:
+        """Take over a saved state; its configuration was compared before."""
+        saved = json.loads((state / "state.json").read_bytes())["networks"][self.name]
+        self.module.load_state_dict(read_tensors(state, self.name))
+        for half, ema in self.ema.items():
+            ema.load(read_tensors(state, f"{self.name}.ema-{half}"))
+        self.optimizer.state.clear()
+        for full_key, value in read_tensors(state, f"{self.name}.optimizer").items():
+            name, _, key = full_key.rpartition("|")
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.updates, self.skips = saved["updates"], saved["skips"]

@@ -1,0 +1,405 @@
+"""One training run: named networks that take turns, and the state to continue it bit for bit.
+
+A run knows no method. A recipe adds its networks, and its loop says whose turn it is::
+
+    with run:
+        while run.step < steps:
+            with run.turn("student"):
+                for indices in run.micro_batches("student"):
+                    ...
+                    run.update("student", loss)
+
+Main network: the one whose updates count as the steps of the run. Everything random is drawn from
+(seed, purpose, global sample index), so counters and tensors are the whole state, and several
+processes see the samples that one would see.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffdiv.runtime import resume
+from diffdiv.runtime.checkpoint import CheckpointError, read_tensors, remove_leftovers, save_state
+from diffdiv.runtime.config import OptimizerConfig, RunConfig, dump_yaml
+from diffdiv.runtime.journal import Journal
+from diffdiv.runtime.launch import INTERRUPTED
+from diffdiv.runtime.machine import make_accelerator, versions
+from diffdiv.runtime.network import Network, learning_rate_factor
+
+SKIPS_IN_A_ROW = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stateful(Protocol):
+    """Something besides the networks that a run must remember."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> object: ...
+
+
+class Run:
+    """See the module; a context manager around the training loop.
+
+    Args:
+        config: the ``run`` section.
+        main: name of the main network.
+        resolved: the whole configuration, JSON-clean; written to ``config.yaml`` and every state.
+        timeout_seconds: how long a process waits for the others before it gives up.
+
+    Raises:
+        ValueError: if the batch does not divide among processes and micro-batches, the device or
+            the kind of distribution cannot be had.
+        ImportError: if a tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        main: str,
+        resolved: Mapping[str, object],
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.config, self.main, self.folder = config, main, config.folder
+        self._accelerator = make_accelerator(config, timeout_seconds=timeout_seconds)
+        self.device = self._accelerator.device
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        self.is_main = self.rank == 0
+        if config.batch_size % (self.world_size * config.accumulation):
+            raise ValueError(
+                f"run.batch_size {config.batch_size} does not divide among {self.world_size} "
+                f"processes x run.accumulation {config.accumulation} micro-batches"
+            )
+        torch.manual_seed(config.seed)
+        self.networks: dict[str, Network] = {}
+        self.phase = "setting up"
+        self._resolved = dict(resolved)
+        self._attached: dict[str, Stateful] = {}
+        self._turn: tuple[str, ...] = ()
+        self._micro: tuple[int, int] | None = None  # number of this micro-batch, of how many
+        self._boundary = 0  # updates of all networks when the main one last moved
+        self._signal: int | None = None
+        self._closing = ExitStack()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self.folder, rank=self.rank, device=self.device, steps=config.steps)
+        self._restored = not any((self.folder / "state").glob("step-*"))
+        if self.is_main:
+            remove_leftovers(self.folder)
+            if self._restored:
+                dump_yaml(self._resolved, self.folder / "config.yaml")
+
+    def add(
+        self,
+        name: str,
+        net: nn.Module,
+        *,
+        lr: float,
+        optimizer: OptimizerConfig,
+        ema_half_lives: tuple[int, ...] = (),
+    ) -> nn.Module:
+        """Add a network to train; what is frozen in it now stays frozen.
+
+        Args:
+            name: used in ``turn``, ``update`` and the names of saved files.
+            net: moved to the run's device.
+            lr: peak learning rate.
+            optimizer: AdamW's settings.
+            ema_half_lives: in images, one average each.
+
+        Returns:
+            The module to call in the network's own turn; elsewhere call ``net``.
+        """
+        if name in self.networks or not any(p.requires_grad for p in net.parameters()):
+            raise ValueError(f"network {name!r} was already added, or has nothing to train")
+        net.to(self.device)
+        fp16 = self.config.precision == "fp16"
+        self.networks[name] = Network(
+            name,
+            net,
+            # Wrapped while exactly the trained parameters require gradients: DDP never
+            # synchronises those that were frozen when it was built.
+            trained=self._accelerator.prepare_model(net),
+            lr=lr,
+            config=optimizer,
+            ema_half_lives=ema_half_lives,
+            # One each: an overflow of one network must not change the scale of another.
+            scaler=torch.amp.GradScaler(self.device.type) if fp16 else None,
+        )
+        return self.networks[name].trained
+
+    def attach(self, name: str, state: Stateful) -> None:
+        """Save and restore ``state`` with the run; it must be the same on all ranks."""
+        self._attached[name] = state
+
+    @property
+    def updates(self) -> dict[str, int]:
+        """Updates made so far, by network."""
+        return {name: net.updates for name, net in self.networks.items()}
+
+    @property
+    def step(self) -> int:
+        """Updates of the main network."""
+        return self.networks[self.main].updates
+
+    def every(self, interval: int | None) -> bool:
+        """Whether the step is a multiple of ``interval``; never for None."""
+        return interval is not None and self.step % interval == 0
+
+    def ema_weights(self, name: str, half_life: int) -> dict[str, Tensor]:
+        """Averaged weights by plain name; what is not averaged comes from the live module."""
+        net = self.networks[name]
+        return {**net.module.state_dict(), **net.ema[half_life].weights}
+
+    def log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Average scalars over micro-batches, steps and ranks into the next line of metrics."""
+        self._journal.add(metrics)
+
+    def event(self, kind: str, message: str) -> None:
+        """Append a line to ``events.jsonl``, from rank 0."""
+        if self.is_main:
+            self._journal.event(kind, message)
+
+    def autocast(self) -> torch.autocast:
+        """Autocast in the run's precision; it does nothing in fp32."""
+        precision = self.config.precision
+        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+    @contextmanager
+    def turn(self, *names: str) -> Iterator[None]:
+        """Let exactly these networks require gradients; then drop all gradients and keep house."""
+        if self._turn or not names or set(names) - set(self.networks):
+            raise ValueError(f"turn{names}: nested, or not among {', '.join(self.networks)}")
+        self._turn, step = names, self.step
+        for net in self.networks.values():
+            for parameter in net.parameters.values():
+                parameter.requires_grad_(net.name in names)
+        try:
+            yield
+        finally:
+            self._turn = ()
+            for net in self.networks.values():
+                net.module.zero_grad(set_to_none=True)
+        if self.step > step:
+            self._after_main_update()
+        self._stop_if_asked()
+
+    def micro_batches(self, name: str) -> Generator[list[int], None, None]:
+        """This rank's global sample indices for the next update, one list per micro-batch.
+
+        Update ``k`` sees the samples ``k * batch_size + 0 ... batch_size - 1``, however many
+        processes and micro-batches share them.
+        """
+        count = self.config.accumulation
+        size = self.config.batch_size // (count * self.world_size)
+        update = self.networks[name].updates
+        wrappers = [self.networks[other].trained for other in self._turn]
+        try:
+            for micro in range(count):
+                self._micro = (micro, count)
+                self.phase = f"{name} update {update}, {self.main}_step {self.step}"
+                if self.world_size > 1:
+                    self._journal.beat(self.phase)
+                with ExitStack() as stack:
+                    for wrapper in wrappers if micro + 1 < count else ():
+                        if isinstance(wrapper, DistributedDataParallel):
+                            stack.enter_context(wrapper.no_sync())
+                    rows = (micro * self.world_size + self.rank) * size
+                    first = update * self.config.batch_size + rows
+                    yield list(range(first, first + size))
+        finally:
+            self._micro = None
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Backward; after the last micro-batch also clip, step, average and count.
+
+        Args:
+            name: a network of the present turn.
+            loss: scalar, a mean over this rank's micro-batch.
+
+        Raises:
+            FloatingPointError: on all ranks and before any weight changes, if a loss or the
+                gradient is not finite (policy "stop", or too many skips in a row).
+        """
+        if name not in self._turn or self._micro is None:
+            raise ValueError(f"update({name!r}) belongs in its turn and in micro_batches")
+        net, (micro, count) = self.networks[name], self._micro
+        net.backward(loss, share=count)
+        if micro + 1 < count:
+            return
+        norm = net.gradient_norm()
+        reason = net.not_finite(norm, rank=self.rank, world_size=self.world_size)
+        if reason is None:
+            progress = self.step / self.config.steps
+            lr = net.lr * learning_rate_factor(net.config, updates=net.updates, progress=progress)
+            net.step(norm, lr=lr, images=self.config.batch_size)
+            net.skips = 0
+            self.log({f"grad_norm/{name}": norm, f"lr/{name}": lr})
+        else:
+            self._skip(net, reason)
+        if net.scaler is not None:
+            net.scaler.update()
+        net.updates += 1
+
+    def _skip(self, net: Network, reason: str) -> None:
+        """Leave the weights alone, or raise, after a loss or gradient that was not finite."""
+        net.skips += 1
+        message = f"{net.name} update {net.updates}, {self.main}_step {self.step}: {reason}"
+        # In fp16 an overflow is how the scaler finds its scale.
+        allowed = self.config.non_finite == "skip" or net.scaler is not None
+        if not allowed or net.skips >= SKIPS_IN_A_ROW:
+            last = json.dumps(self._journal.last_line)
+            raise FloatingPointError(f"{message} ({net.skips} in a row; last metrics: {last})")
+        self.event("skip", message)
+
+    def _after_main_update(self) -> None:
+        config, self._boundary = self.config, sum(self.updates.values())
+        if self.every(config.log_every):
+            key = f"{self.main}_step"
+            means = self._journal.write_metrics(key, self.step, batch_size=config.batch_size)
+            self._accelerator.log(means, step=self.step)
+        if self.every(config.save_every):
+            self.save()
+
+    def _stop_if_asked(self) -> None:
+        """Between two updates: leave with a saved state if any rank was told to stop."""
+        if not resume.any_rank(self._signal is not None, self.device):
+            return
+        self.save()
+        if self.world_size > 1:  # a launcher signals all ranks again when the first one has left
+            self._closing.pop_all()
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        self.event("interrupted", f"told to stop, state saved after {self.phase}")
+        raise SystemExit(INTERRUPTED)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self._signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signal = number
+
+    def save(self) -> None:
+        """Save a state now, on all ranks together, unless this very state is already saved.
+
+        Raises:
+            CheckpointError: on all ranks, if it could not be written.
+        """
+        total = sum(self.updates.values())
+        name = f"step-{self.step:08d}" + (f"-u{total:08d}" if total > self._boundary else "")
+        nets, attached = self.networks.values(), self._attached
+        names, pending = self._journal.pending()
+        ranks = resume.gather_ranks(pending, self.rank, self.world_size, self.device)
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "ranks": ranks,
+            **{f"attached.{key}": owner.state_dict() for key, owner in attached.items()},
+            **{stem: group for net in nets for stem, group in net.tensors().items()},
+        }
+        values = {
+            "config": self._resolved,
+            "networks": {net.name: net.values() for net in nets},
+            "attached": sorted(attached),
+            "boundary": self._boundary,
+            "metrics": names,
+            "seconds": self._journal.elapsed(),
+        }
+        failure: CheckpointError | None = None
+        path = self.folder / "state" / name
+        if self.is_main and not path.exists():
+            facts = {"step": self.step, "world_size": self.world_size, **versions()}
+            keep = self.config.keep_states
+            try:
+                save_state(path, tensors=tensors, values=values, facts=facts, keep=keep)
+            except CheckpointError as error:
+                failure = error
+        # A barrier that carries the outcome, so that all ranks stop together.
+        if resume.any_rank(failure is not None, self.device):
+            raise failure or CheckpointError("rank 0 could not save the state")
+
+    def restore(self) -> bool:
+        """Continue from the newest valid state, if there is any; call it after all ``add``.
+
+        Returns:
+            Whether a state was restored.
+
+        Raises:
+            CheckpointError: if there are states but no valid one, or the newest was made with
+                other networks or another configuration.
+        """
+        state, damaged = resume.choose_state(self.folder, is_main=self.is_main, device=self.device)
+        for reason in damaged:
+            self.event("damaged", reason)
+        if state is not None:
+            self._load(state)
+            self.event("resume", f"from {state.name}")
+        if self.is_main:
+            self._journal.forget_after(f"{self.main}_step", self.step)
+            dump_yaml(self._resolved, self.folder / "config.yaml")
+        self._restored = True
+        return state is not None
+
+    def _load(self, state: Path) -> None:
+        saved = json.loads((state / "state.json").read_bytes())
+        resume.check_config(saved["config"], self._resolved)
+        have = sorted(self.networks), sorted(self._attached)
+        if (sorted(saved["networks"]), saved["attached"]) != have:
+            raise CheckpointError(f"{state.name} holds other networks or statistics than {have}")
+        for net in self.networks.values():
+            net.load(state)
+        for key, owner in self._attached.items():
+            owner.load_state_dict(read_tensors(state, f"attached.{key}"))
+        self._boundary, self._journal.seconds = saved["boundary"], saved["seconds"]
+        ranks = read_tensors(state, "ranks")
+        if len(ranks["cpu"]) == self.world_size:
+            resume.restore_rng(ranks, rank=self.rank, device=self.device)
+            self._journal.load(saved["metrics"], ranks["metrics"][self.rank])
+        else:
+            message = f"saved by {len(ranks['cpu'])} processes, continued by {self.world_size}"
+            self.event("warning", f"{message}: equal only up to rounding")
+
+    def __enter__(self) -> Self:
+        if not self._restored:
+            raise CheckpointError(f"{self.folder} holds states: call restore(), or choose another")
+        if self.config.trackers:
+            self._accelerator.init_trackers("diffdiv")
+            for tracker in self._accelerator.trackers:
+                self._closing.callback(tracker.finish)
+        self._journal.start(self.step)
+        self._closing.callback(self._journal.bar.stop)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._closing.callback(signal.signal, number, signal.getsignal(number))
+                signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        with self._closing:
+            if error is None:
+                self.save()
+            elif isinstance(error, Exception):
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        """Say which rank failed where; leave at once if the other ranks cannot know of it."""
+        where = f"rank {self.rank} of {self.world_size} in {self.phase}"
+        message = f"{where}: {type(error).__name__}: {error}"
+        message = "; ".join([message, *self._journal.other_ranks()])
+        self._journal.event("error", message)
+        if self.world_size > 1 and not isinstance(error, FloatingPointError | CheckpointError):
+            traceback.print_exception(error)
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+            os._exit(1)  # closing a process group whose other ranks wait elsewhere may hang

@@ -1,0 +1,329 @@
+"""Builds the embedded text-to-image world: tokenizer, judge, autoencoder, text encoder and U-Net.
+
+    python train/embedded_sd.py configs/pretrain/embedded_sd.yaml seed=0
+
+All of it is learned from the digits of scikit-learn on one CPU thread in under twelve minutes and
+saved as an ordinary StableDiffusionPipeline folder (fp16), with the judge that scores it. A chain
+of small trainings, each a plain loop; not resumable. x0: scaled latent; eps: noise;
+v = alpha eps - sigma x0 (Salimans and Ho, arXiv 2202.00512v2, appendix D).
+"""
+
+import hashlib
+import json
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import rich
+from pydantic import Field
+from rich.progress import track
+from rich.table import Table
+
+from diffdiv.runtime.config import Config
+from diffdiv.runtime.launch import run_recipe_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from torch import Tensor, nn
+    from transformers import CLIPTokenizer
+
+    from diffdiv.data.digits import PromptedBatch
+    from diffdiv.metrics.judge import Judge
+
+
+class RecipeConfig(Config):
+    """What to build, where, and for how long."""
+
+    recipe: str = "embedded_sd"
+    folder: Path  # receives the StableDiffusionPipeline and evaluation.json
+    judge_folder: Path
+    seed: int = Field(0, ge=0)
+    threads: int = Field(1, ge=1)  # of the CPU; the weights depend on the number
+    num_images: int = Field(16_000, ge=2000)  # composites to train on
+    judge_steps: int = Field(1500, ge=20)
+    autoencoder_steps: int = Field(1000, ge=20)
+    teacher_steps: int = Field(1000, ge=20)  # in each of the two cycles
+    num_evaluated: int = Field(1000, ge=100)  # images per row of the table
+
+
+PROMPT_LENGTH = 12  # the longest prompt is 7 words and two specials; the rest is headroom
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+BATCH_AND_LR = {"judge": (64, 2e-3), "autoencoder": (32, 4e-3), "teacher": (64, 3e-3)}
+Rows = dict[str, dict[str, float]]  # name of the row -> name of the metric -> value
+
+
+def build_tokenizer(words: tuple[str, ...]) -> "CLIPTokenizer":
+    """A byte-level CLIP tokenizer in which every one of ``words`` is a single token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    order = list(words)
+    symbols = sorted(ByteLevel.alphabet())
+    for _ in range(len(words)):
+        merges = []
+        for word in order:
+            left, *rest = [*word[:-1], word[-1] + "</w>"]
+            for right in rest:
+                merges.append((left, right))
+                left += right
+        merges = list(dict.fromkeys(merges))
+        pieces = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), BOS, EOS]
+        vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=PROMPT_LENGTH)
+        broken = [word for word in order if len(tokenizer(word).input_ids) != 3]
+        if not broken:
+            return tokenizer
+        # Merges apply by rank, not by word: "re" of "red" would split "green" for good.
+        order = broken + [word for word in order if word not in broken]
+    raise RuntimeError(f"tokenizer: no merge order keeps {', '.join(broken)} whole")
+
+
+def fit(
+    stage: Literal["judge", "autoencoder", "teacher"], net: "nn.Module",
+    loss_of: "Callable[[Tensor], Tensor]", *, count: int, steps: int, seed: int,
+    after_step: "Callable[[], None]" = lambda: None,
+) -> None:  # fmt: skip
+    """Minimises loss_of(rows) over shuffled epochs of ``count`` samples.
+
+    AdamW(0.9, 0.99), gradient norm clipped at 1, one OneCycle with 10 % warm-up. A loss that is
+    not finite raises FloatingPointError before the weights change.
+    """
+    import torch
+
+    batch_size, lr = BATCH_AND_LR[stage]
+    parameters = list(net.parameters())
+    adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        adam, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for step in track(range(steps), description=stage):
+        if len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        rows, order = order[:batch_size], order[batch_size:]
+        loss = loss_of(rows)
+        if not loss.isfinite():
+            raise FloatingPointError(f"{stage}: loss is {loss.item()} at step {step}")
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        schedule.step()
+        after_step()
+
+
+def train_judge(config: RecipeConfig, data: "PromptedBatch") -> "Judge":
+    """A classifier of digit, colour, background and stroke."""
+    import torch
+    from torch.nn import functional
+
+    from diffdiv.metrics.judge import Judge
+
+    torch.manual_seed(config.seed)
+    judge = Judge()
+    shown = data.shown.named()
+
+    def loss_of(rows: "Tensor") -> "Tensor":
+        logits = judge(data.images[rows])
+        losses = [functional.cross_entropy(logits[name], shown[name][rows]) for name in logits]
+        return torch.stack(losses).sum()
+
+    fit(
+        "judge", judge, loss_of,
+        count=len(data.images), steps=config.judge_steps, seed=config.seed,
+    )  # fmt: skip
+    return judge.eval().requires_grad_(False)
+
+
+def train_autoencoder(config: RecipeConfig, images: "Tensor") -> "AutoencoderKL":
+    """An AutoencoderKL, 3x32x32 -> 4x8x8, with the scaling factor that makes latents unit."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(12, 24, 24), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=32, mid_block_add_attention=False, force_upcast=False,
+    )  # fmt: skip
+    vae.to(memory_format=torch.channels_last)  # half the time at so few channels
+
+    def loss_of(rows: "Tensor") -> "Tensor":
+        posterior = vae.encode(images[rows]).latent_dist
+        error = vae.decode(posterior.sample()).sample - images[rows]
+        kl = posterior.kl().sum() / posterior.mean.numel()  # nats per latent dimension
+        return error.square().mean() + error.abs().mean() + 4e-3 * kl
+
+    fit(
+        "autoencoder", vae, loss_of,
+        count=len(images), steps=config.autoencoder_steps, seed=config.seed,
+    )  # fmt: skip
+    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    mean, std = encode(vae, images[:2000])
+    vae.register_to_config(scaling_factor=(1 / (mean + std * torch.randn_like(std)).std()).item())
+    return vae
+
+
+def encode(vae: "AutoencoderKL", images: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Mean and standard deviation of the unscaled latents, each [N, 4, 8, 8]."""
+    import torch
+
+    with torch.no_grad():
+        dists = [vae.encode(chunk).latent_dist for chunk in images.split(250)]
+    return torch.cat([d.mean for d in dists]), torch.cat([d.std for d in dists])
+
+
+def build_teacher(seed: int, tokenizer: "CLIPTokenizer") -> "tuple[nn.Module, nn.Module]":
+    """The untrained U-Net (1,209,332 parameters) and text encoder."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=PROMPT_LENGTH, hidden_size=64,
+        intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(config)
+    with torch.no_grad():  # CLIP's own init leaves a word a tenth of the output's power, and then
+        text_encoder.get_input_embeddings().weight.mul_(4)  # digits are never learned
+    unet = UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 48, 64), layers_per_block=1, norm_num_groups=8,
+        attention_head_dim=2, cross_attention_dim=64, sample_size=8,
+    )  # fmt: skip
+    return unet, text_encoder
+
+
+def train_teacher(
+    config: RecipeConfig, vae: "AutoencoderKL", data: "PromptedBatch"
+) -> "StableDiffusionPipeline":
+    """Trains U-Net and text encoder jointly on v; returns the pipeline with averaged weights."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from diffdiv.data.digits import WORDS
+
+    tokenizer = build_tokenizer(WORDS)
+    unet, text_encoder = build_teacher(config.seed, tokenizer)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+    mean, std = (part * vae.config.scaling_factor for part in encode(vae, data.images))
+    padded = tokenizer([*data.prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    networks = torch.nn.ModuleList([unet, text_encoder])
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def loss_of(rows: "Tensor") -> "Tensor":
+        noise = torch.randn(2, *mean[rows].shape, generator=generator)
+        x0, eps = mean[rows] + std[rows] * noise[0], noise[1]
+        t = torch.randint(1000, (len(rows),), generator=generator)
+        dropped = torch.rand(len(rows), generator=generator) < 0.1  # the last prompt is ""
+        context = text_encoder(padded[rows.where(~dropped, len(mean))]).last_hidden_state
+        v = unet(scheduler.add_noise(x0, eps, t), t, context).sample
+        return (v - scheduler.get_velocity(x0, eps, t)).square().mean()
+
+    # Digits are followed only late in the second cycle, which starts from the averaged weights.
+    for cycle in range(2):
+        average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+        fit(
+            "teacher", networks, loss_of, count=len(mean), steps=config.teacher_steps,
+            seed=2 * config.seed + cycle, after_step=partial(average.update_parameters, networks),
+        )  # fmt: skip
+        networks.load_state_dict(average.module.state_dict())
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
+    """Metrics of the saved pipeline and of its floors; every row has the same prompts and n."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from diffdiv.data.digits import PromptedDigits
+    from diffdiv.metrics.judge import attribute_accuracy, judge_features, judge_frechet
+
+    real = PromptedDigits("train", seed=config.seed).batch(range(6000)).images
+    reference = judge_features(judge, real)
+    unseen = PromptedDigits("test", seed=config.seed, drop_probability=0)
+    wanted = unseen.batch(range(config.num_evaluated))
+    # The shipped weights are fp16 numbers, run here in fp32.
+    pipe = StableDiffusionPipeline.from_pretrained(config.folder, safety_checker=None)
+    pipe.to(dtype=torch.float32).set_progress_bar_config(disable=True)
+
+    def metrics(images: "Tensor") -> dict[str, float]:
+        distance = judge_frechet(judge_features(judge, images), reference)
+        return {"frechet_judge": distance, **attribute_accuracy(judge, images, wanted.mentioned)}
+
+    mean, _ = encode(pipe.vae, wanted.images)
+    with torch.no_grad():
+        rebuilt = torch.cat([pipe.vae.decode(chunk).sample for chunk in mean.split(250)])
+    table = {"held-out images": metrics(wanted.images), "autoencoder": metrics(rebuilt)}
+    for scale in (1.0, 1.5, 2.0):
+        images = []
+        for start in track(range(0, len(mean), 100), description=f"guidance {scale}"):
+            prompts = wanted.prompts[start : start + 100]
+            generator = torch.Generator().manual_seed(config.seed + start)
+            result = pipe(
+                prompts, num_inference_steps=20, guidance_scale=scale, generator=generator,
+                output_type="pt",
+            )  # fmt: skip
+            images.append(result.images * 2 - 1)
+        table[f"teacher, 20 steps, guidance {scale}"] = metrics(torch.cat(images))
+    return table
+
+
+def write_evaluation(config: RecipeConfig, rows: Rows, seconds: float) -> None:
+    """Prints the table and saves it with its card as evaluation.json."""
+    table = Table("", *rows["autoencoder"], title=f"{config.folder}, {seconds:.0f} CPU seconds")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.3f}" for value in values.values()))
+    rich.print(table)
+    weights = (config.folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    card = {
+        "n": config.num_evaluated,
+        "seed": config.seed,
+        "features": "embedded judge divided by the reference's std, not Inception",
+        "reference": "6000 training composites",
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "cpu_seconds": round(seconds),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    named = [{"name": name, "metrics": values} for name, values in rows.items()]
+    text = json.dumps({"rows": named, "card": card}, indent=1)
+    (config.folder / "evaluation.json").write_text(text + "\n")
+
+
+def main(config: RecipeConfig) -> None:
+    """Tokenizer, judge, autoencoder, teacher, evaluation; writes both folders."""
+    import torch
+
+    from diffdiv.data.digits import PromptedDigits
+    from diffdiv.metrics.judge import save_judge
+
+    began = time.process_time()
+    torch.set_num_threads(config.threads)
+    data = PromptedDigits("train", seed=config.seed).batch(range(config.num_images))
+    judge = train_judge(config, data)
+    save_judge(judge, config.judge_folder)
+    vae = train_autoencoder(config, data.images)
+    pipe = train_teacher(config, vae, data)
+    pipe.to(dtype=torch.float16).save_pretrained(config.folder)
+    write_evaluation(config, evaluate(config, judge), time.process_time() - began)
+
+
+if __name__ == "__main__":
+    run_recipe_file(__file__)
