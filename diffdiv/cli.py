@@ -37,7 +37,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; sample i depe
 
 @app.command()
 def demo(
-    system: Annotated[str, typer.Argument(help="Which demo.")] = "f_distill",
+    system: Annotated[str, typer.Argument(help="f-distill or digits.")] = "f-distill",
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
 ) -> None:
     """Train, evaluate, export and report on an embedded teacher: minutes, offline, on a CPU."""
@@ -111,11 +111,12 @@ def evaluate(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A second copy of evaluation.json.")] = None,
     inception: Annotated[Path | None, typer.Option(exists=True, help="Weights for FID.")] = None,
+    clip: Annotated[Path | None, typer.Option(exists=True, help="CLIP model folder.")] = None,
 ) -> None:
     """Measure teacher and student, and say exactly how (a metric card)."""
     from diffdiv.evaluate import evaluate_path
 
-    result = evaluate_path(run, num=num, seed=seed, out=out, inception=inception)
+    result = evaluate_path(run, num=num, seed=seed, out=out, inception=inception, clip=clip)
     _out.print(to_yaml(result), end="")
 
 
@@ -123,7 +124,10 @@ def evaluate(
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    ema: Annotated[int | None, typer.Option(help="EMA half-life, images; default: none.")] = None,
+    ema: Annotated[
+        int | None,
+        typer.Option(help="EMA half-life in images; 0: no EMA. Default: the run's first."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
 ) -> None:
     """Write the student as a folder that stock diffusers loads."""

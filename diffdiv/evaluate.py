@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffdiv.core.noise import normal
-from diffdiv.data.digits import PromptedDigits, load_digits, paint_red
+from diffdiv.data.digits import Attributes, PromptedDigits, load_digits, paint_red
 from diffdiv.metrics.card import Evaluation, Row, metric_card, write_evaluation
+from diffdiv.metrics.images import clip_score, image_metrics
 from diffdiv.metrics.judge import (
     WEIGHTS_NAME,
     attribute_accuracy,
@@ -24,6 +25,7 @@ from diffdiv.models.denoiser import Condition, GuidedDenoiser
 from diffdiv.resources import resource
 from diffdiv.runtime.student import OpenedRun, open_run
 from diffdiv.samplers import sample_ode, time_grid
+from diffdiv.sources import Source
 
 Sampler = Callable[[Tensor, Condition], Tensor]
 REFERENCE_SIZE = 6000
@@ -65,8 +67,8 @@ def prompted_digits_exam(teacher: Path, num: int) -> Exam:
     )
 
 
-def digits_exam(num: int) -> Exam:
-    """Ten labels in turn; 8x8 samples are painted as red numerals and shown to the same judge."""
+def digits_exam(source: Source, num: int) -> Exam:
+    """Labels in turn; 8x8 samples are painted as red numerals and shown to the same judge."""
     folder = resource("assets/embedded_judge")
     judge = load_judge(folder)
     labels = torch.arange(num) % 10
@@ -74,22 +76,54 @@ def digits_exam(num: int) -> Exam:
 
     def mark(images: Tensor) -> dict[str, float]:
         painted = paint_red(images)
-        seen = judge(painted)["digit"].argmax(1)
-        return {
-            "frechet_judge": judge_frechet(judge_features(judge, painted), reference),
-            "digit": (seen == labels).float().mean().item(),
-        }
+        metrics = {"frechet_judge": judge_frechet(judge_features(judge, painted), reference)}
+        if source.num_labels:
+            asked = Attributes(labels, *[torch.full_like(labels, -1)] * 3)
+            metrics["digit"] = attribute_accuracy(judge, painted, asked)["digit"]
+        return metrics
 
     return Exam(
-        lambda indices: Condition(label=labels[list(indices)]),
+        lambda i: Condition(label=labels[list(i)]) if source.num_labels else Condition(),
         mark,
         "embedded judge on samples painted red on black; not Inception",
         folder / WEIGHTS_NAME,
     )
 
 
+def images_exam(source: Source, num: int, inception: Path | None) -> Exam:
+    """FID, KID, precision and recall against as many training images, by Inception features."""
+    if inception is None:
+        raise ValueError("image folders are marked by FID: give the weights with --inception FILE")
+
+    def rgb(images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+    def mark(images: Tensor) -> dict[str, float]:
+        real = (source.real_on(torch.device("cpu"), [i])[0] for i in range(num))
+        return image_metrics(map(rgb, real), rgb(images).split(50), inception=inception)
+
+    return Exam(source.conditions, mark, "Inception (FID weights)", inception)
+
+
+def prompts_exam(source: Source, num: int, clip: Path | None) -> Exam:
+    """CLIP score of the prompts' images."""
+    if clip is None:
+        raise ValueError("prompts are marked by CLIP score: give a model folder with --clip FOLDER")
+
+    def mark(images: Tensor) -> dict[str, float]:
+        return {"clip_score": clip_score(images, source.captions(range(num)), clip)}
+
+    return Exam(source.conditions, mark, f"CLIP ({clip.name})", None)
+
+
 def evaluate_path(
-    path: Path, *, num: int = 1000, seed: int = 0, out: Path | None = None
+    path: Path,
+    *,
+    num: int = 1000,
+    seed: int = 0,
+    out: Path | None = None,
+    inception: Path | None = None,
+    clip: Path | None = None,
 ) -> Evaluation:
     """Teacher and student of an f-distill run, marked alike; writes evaluation.json.
 
@@ -98,13 +132,15 @@ def evaluate_path(
         num: images a row; row by row the same conditions and noise.
         seed: of the noise.
         out: JSON file to write besides the run's evaluation.json.
+        inception: weights for FID on image folders.
+        clip: folder of a CLIP model for runs on a prompt file.
 
     Raises:
         ValueError: if the folder holds no f-distill run, or its data cannot be marked.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_run(path, device)
-    exam = _exam(opened, num)
+    exam = _exam(opened, num, inception, clip)
     schedule = opened.base.schedule
     heun = schedule.family == "edm"
     steps = 18 if heun else 20
@@ -148,10 +184,14 @@ def evaluate_path(
     return {"rows": rows, "card": card}
 
 
-def _exam(opened: OpenedRun, num: int) -> Exam:
+def _exam(opened: OpenedRun, num: int, inception: Path | None, clip: Path | None) -> Exam:
     match opened.kind:
         case "prompted_digits":
             return prompted_digits_exam(opened.teacher_path, num)
         case "digits":
-            return digits_exam(num)
-    raise ValueError(f"data kind {opened.kind!r} has no exam yet")
+            return digits_exam(opened.source, num)
+        case "images":
+            return images_exam(opened.source, num, inception)
+        case "prompts":
+            return prompts_exam(opened.source, num, clip)
+    raise ValueError(f"data kind {opened.kind!r} has no exam")

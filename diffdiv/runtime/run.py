@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -397,7 +397,8 @@ class Run:
         where = f"rank {self.rank} of {self.world_size} in {self.phase}"
         message = f"{where}: {type(error).__name__}: {error}"
         message = "; ".join([message, *self._journal.other_ranks()])
-        self._journal.event("error", message)
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            self._journal.event("error", message)
         if self.world_size > 1 and not isinstance(error, FloatingPointError | CheckpointError):
             traceback.print_exception(error)
             sys.stderr.write(f"{message}\n")
