@@ -220,6 +220,7 @@ def main() -> None:
     Set DIFFDIV_TRACEBACK=1 to see where a failure came from.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is a local path
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per loaded file is noise
     try:
         app()
     except ConfigError as error:

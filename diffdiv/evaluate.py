@@ -12,6 +12,7 @@ from torch import Tensor
 from diffdiv.core.noise import normal
 from diffdiv.data.digits import Attributes, PromptedDigits, load_digits, paint_red
 from diffdiv.metrics.card import Evaluation, Row, metric_card, write_evaluation
+from diffdiv.metrics.frechet import frechet_distance
 from diffdiv.metrics.images import clip_score, image_metrics
 from diffdiv.metrics.judge import (
     WEIGHTS_NAME,
@@ -72,11 +73,15 @@ def digits_exam(source: Source, num: int) -> Exam:
     folder = resource("assets/embedded_judge")
     judge = load_judge(folder)
     labels = torch.arange(num) % 10
-    reference = judge_features(judge, paint_red(load_digits("train")[0]))
+    # scaled as in the prompted world: red on black alone leaves some features without spread
+    world = PromptedDigits("train").batch(range(REFERENCE_SIZE)).images
+    scale = judge_features(judge, world).std(0).clamp_min(1e-6)
+    reference = judge_features(judge, paint_red(load_digits("train")[0])) / scale
 
     def mark(images: Tensor) -> dict[str, float]:
         painted = paint_red(images)
-        metrics = {"frechet_judge": judge_frechet(judge_features(judge, painted), reference)}
+        features = judge_features(judge, painted) / scale
+        metrics = {"frechet_judge": frechet_distance(features, reference)}
         if source.num_labels:
             asked = Attributes(labels, *[torch.full_like(labels, -1)] * 3)
             metrics["digit"] = attribute_accuracy(judge, painted, asked)["digit"]

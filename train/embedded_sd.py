@@ -11,13 +11,12 @@ v = alpha eps - sigma x0 (Salimans and Ho, arXiv 2202.00512v2, appendix D).
 import hashlib
 import json
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import rich
 from pydantic import Field
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from torch import Tensor, nn
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     from diffdiv.data.digits import PromptedBatch
     from diffdiv.metrics.judge import Judge
@@ -46,13 +45,18 @@ class RecipeConfig(Config):
     num_images: int = Field(16_000, ge=2000)  # composites to train on
     judge_steps: int = Field(1500, ge=20)
     autoencoder_steps: int = Field(1000, ge=20)
-    teacher_steps: int = Field(1000, ge=20)  # in each of the two cycles
+    text_steps: int = Field(400, ge=20)
+    teacher_steps: int = Field(1600, ge=20)
     num_evaluated: int = Field(1000, ge=100)  # images per row of the table
 
 
 PROMPT_LENGTH = 12  # the longest prompt is 7 words and two specials; the rest is headroom
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-BATCH_AND_LR = {"judge": (64, 2e-3), "autoencoder": (32, 4e-3), "teacher": (64, 3e-3)}
+Stage = Literal["judge", "autoencoder", "text encoder", "teacher"]
+BATCH_AND_LR: dict[Stage, tuple[int, float]] = {
+    "judge": (64, 2e-3), "autoencoder": (32, 4e-3), "text encoder": (128, 1e-3),
+    "teacher": (64, 3e-3),
+}  # fmt: skip
 Rows = dict[str, dict[str, float]]  # name of the row -> name of the metric -> value
 
 
@@ -83,9 +87,8 @@ def build_tokenizer(words: tuple[str, ...]) -> "CLIPTokenizer":
 
 
 def fit(
-    stage: Literal["judge", "autoencoder", "teacher"], net: "nn.Module",
-    loss_of: "Callable[[Tensor], Tensor]", *, count: int, steps: int, seed: int,
-    after_step: "Callable[[], None]" = lambda: None,
+    stage: Stage, net: "nn.Module", loss_of: "Callable[[Tensor], Tensor]", *,
+    count: int, steps: int, seed: int, after_step: "Callable[[], None]" = lambda: None,
 ) -> None:  # fmt: skip
     """Minimises loss_of(rows) over shuffled epochs of ``count`` samples.
 
@@ -178,71 +181,90 @@ def encode(vae: "AutoencoderKL", images: "Tensor") -> "tuple[Tensor, Tensor]":
     return torch.cat([d.mean for d in dists]), torch.cat([d.std for d in dists])
 
 
-def build_teacher(seed: int, tokenizer: "CLIPTokenizer") -> "tuple[nn.Module, nn.Module]":
-    """The untrained U-Net (1,209,332 parameters) and text encoder."""
+def train_text_encoder(
+    config: RecipeConfig, tokenizer: "CLIPTokenizer", tokens: "Tensor", features: "Tensor"
+) -> "CLIPTextModel":
+    """Contrastive training against the judge's features, as CLIP's against its image tower.
+
+    Trained on the loss of the U-Net instead, the text output follows the colour, which pays at
+    once, and forgets the digit; some seeds never recover.
+    """
     import torch
-    from diffusers import UNet2DConditionModel
+    from torch.nn import functional
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    torch.manual_seed(config.seed)
+    text_config = CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=PROMPT_LENGTH, hidden_size=64,
         intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    text_encoder = CLIPTextModel(config)
-    with torch.no_grad():  # CLIP's own init leaves a word a tenth of the output's power, and then
-        text_encoder.get_input_embeddings().weight.mul_(4)  # digits are never learned
+    text_encoder = CLIPTextModel(text_config)
+    with torch.no_grad():  # by CLIP's own init a word is a tenth of the output's power
+        text_encoder.get_input_embeddings().weight.mul_(4)
+    towers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    features = (features - features.mean(0)) / features.std(0)
+
+    def loss_of(rows: "Tensor") -> "Tensor":
+        text = functional.normalize(towers[0](text_encoder(tokens[rows]).pooler_output), dim=1)
+        image = functional.normalize(towers[1](features[rows]), dim=1)
+        logits, pairs = text @ image.T / 0.07, torch.arange(len(rows))
+        loss = functional.cross_entropy(logits, pairs) + functional.cross_entropy(logits.T, pairs)
+        return loss / 2
+
+    fit(
+        "text encoder", torch.nn.ModuleList([text_encoder, towers]), loss_of,
+        count=len(features), steps=config.text_steps, seed=config.seed,
+    )  # fmt: skip
+    return text_encoder.eval().requires_grad_(False)
+
+
+def train_teacher(
+    config: RecipeConfig, vae: "AutoencoderKL", data: "PromptedBatch", features: "Tensor"
+) -> "StableDiffusionPipeline":
+    """Trains the U-Net (1,209,332 parameters) on v; the pipeline has its averaged weights."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from diffdiv.data.digits import WORDS
+
+    tokenizer = build_tokenizer(WORDS)
+    tokens = tokenizer([*data.prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    text_encoder = train_text_encoder(config, tokenizer, tokens[:-1], features)
+    with torch.no_grad():
+        context = text_encoder(tokens).last_hidden_state
+    torch.manual_seed(config.seed)
     unet = UNet2DConditionModel(
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(32, 48, 64), layers_per_block=1, norm_num_groups=8,
         attention_head_dim=2, cross_attention_dim=64, sample_size=8,
     )  # fmt: skip
-    return unet, text_encoder
-
-
-def train_teacher(
-    config: RecipeConfig, vae: "AutoencoderKL", data: "PromptedBatch"
-) -> "StableDiffusionPipeline":
-    """Trains U-Net and text encoder jointly on v; returns the pipeline with averaged weights."""
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    from diffdiv.data.digits import WORDS
-
-    tokenizer = build_tokenizer(WORDS)
-    unet, text_encoder = build_teacher(config.seed, tokenizer)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
     mean, std = (part * vae.config.scaling_factor for part in encode(vae, data.images))
-    padded = tokenizer([*data.prompts, ""], padding="max_length", return_tensors="pt").input_ids
-    networks = torch.nn.ModuleList([unet, text_encoder])
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss_of(rows: "Tensor") -> "Tensor":
         noise = torch.randn(2, *mean[rows].shape, generator=generator)
         x0, eps = mean[rows] + std[rows] * noise[0], noise[1]
         t = torch.randint(1000, (len(rows),), generator=generator)
-        dropped = torch.rand(len(rows), generator=generator) < 0.1  # the last prompt is ""
-        context = text_encoder(padded[rows.where(~dropped, len(mean))]).last_hidden_state
-        v = unet(scheduler.add_noise(x0, eps, t), t, context).sample
+        dropped = torch.rand(len(rows), generator=generator) < 0.1  # the last context is of ""
+        cond = context[rows.where(~dropped, len(mean))]
+        v = unet(scheduler.add_noise(x0, eps, t), t, cond).sample
         return (v - scheduler.get_velocity(x0, eps, t)).square().mean()
 
-    # Digits are followed only late in the second cycle, which starts from the averaged weights.
-    for cycle in range(2):
-        average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-        fit(
-            "teacher", networks, loss_of, count=len(mean), steps=config.teacher_steps,
-            seed=2 * config.seed + cycle, after_step=partial(average.update_parameters, networks),
-        )  # fmt: skip
-        networks.load_state_dict(average.module.state_dict())
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    fit(
+        "teacher", unet, loss_of, count=len(mean), steps=config.teacher_steps, seed=config.seed,
+        after_step=lambda: average.update_parameters(unet),
+    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=average.module.eval(),
         scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -291,7 +313,7 @@ def write_evaluation(config: RecipeConfig, rows: Rows, seconds: float) -> None:
     table = Table("", *rows["autoencoder"], title=f"{config.folder}, {seconds:.0f} CPU seconds")
     for name, values in rows.items():
         table.add_row(name, *(f"{value:.3f}" for value in values.values()))
-    rich.print(table)
+    Console(width=110).print(table)  # a log file has no width of its own
     weights = (config.folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     card = {
         "n": config.num_evaluated,
@@ -312,7 +334,7 @@ def main(config: RecipeConfig) -> None:
     import torch
 
     from diffdiv.data.digits import PromptedDigits
-    from diffdiv.metrics.judge import save_judge
+    from diffdiv.metrics.judge import judge_features, save_judge
 
     began = time.process_time()
     torch.set_num_threads(config.threads)
@@ -320,7 +342,7 @@ def main(config: RecipeConfig) -> None:
     judge = train_judge(config, data)
     save_judge(judge, config.judge_folder)
     vae = train_autoencoder(config, data.images)
-    pipe = train_teacher(config, vae, data)
+    pipe = train_teacher(config, vae, data, judge_features(judge, data.images))
     pipe.to(dtype=torch.float16).save_pretrained(config.folder)
     write_evaluation(config, evaluate(config, judge), time.process_time() - began)
 

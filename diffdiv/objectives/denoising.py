@@ -10,7 +10,7 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Condition, at: Noising)
     """Mean squared error of the raw prediction (eps, v, flow, or EDM's F).
 
     For an EDM-preconditioned network this is EDM's weighting lambda(sigma) = 1/c_out^2 of the x0
-    error (arXiv 2206.00364, eq. 8); for eps and v networks the simple loss they were trained with.
+    error (arXiv 2206.00364, table 1); for eps and v networks the usual simple loss.
 
     Args:
         denoiser: network under training.

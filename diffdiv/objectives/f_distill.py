@@ -5,7 +5,7 @@
     u in [0, 1)                             rank of t in the law of training times
 
 Gradient at a generated sample:  h(r) (fake_x0 - teacher_x0) / mean|x0 - teacher_x0|,
-the variational-score-distillation direction with DMD's weight (arXiv 2311.18828, eq. 8) times h.
+the variational-score-distillation direction with DMD's weight (arXiv 2311.18828) times h.
 Reverse KL has h = 1: then this is DMD / Diff-Instruct exactly, bit for bit.
 """
 
@@ -230,7 +230,7 @@ def student_loss(
     gan_weight: float | None = None,
     balance_gan: bool = False,
 ) -> tuple[Tensor, Metrics]:
-    """f-distill loss of the student, eq. of the module page plus ``gan_weight`` times the GAN loss.
+    """f-distill loss of the student (see the module) plus ``gan_weight`` times the GAN loss.
 
     Both gradients are taken at x0 first (their norms are what one tunes the GAN weight by), then
     sent through the student in one backward.

@@ -23,7 +23,7 @@ def discriminator_loss(log_r_fake: Tensor, log_r_real: Tensor) -> Tensor:
 def r1_penalty(logits: Logits, x_t_real: Tensor) -> Tensor:
     """Exact R1: half the mean squared gradient norm of the logit at noised real samples.
 
-    (1/2) E ||grad_x log_r(x_t)||^2 (Mescheder et al., arXiv 1801.04406, eq. 9); needs a second
+    (1/2) E ||grad_x log_r(x_t)||^2 (Mescheder et al., arXiv 1801.04406); needs a second
     derivative through the feature trunk, which only the math attention kernel has.
 
     Args:

@@ -92,7 +92,7 @@ class Network:
             group["lr"] = lr
         self.optimizer.step()
         for ema in self.ema.values():
-            ema.update(self.parameters, images=images)
+            ema.update(self.parameters, images=images, images_seen=(self.updates + 1) * images)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything to save, by file stem; the optimiser's as "parameter|key".

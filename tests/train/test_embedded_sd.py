@@ -77,7 +77,8 @@ def test_evaluation_beside_the_weights_passes_the_gate() -> None:
 @pytest.mark.slow  # two builds of 15 to 30 s
 def test_the_same_seed_builds_the_same_weights(tmp_path: Path) -> None:
     recipe = load_recipe("embedded_sd")
-    steps = {"judge_steps": 20, "autoencoder_steps": 20, "teacher_steps": 20}
+    steps = {"judge_steps": 20, "autoencoder_steps": 20}
+    steps |= {"text_steps": 20, "teacher_steps": 20}
     built = []
     for name in ("first", "second"):
         folder, judge = tmp_path / name, tmp_path / f"{name}_judge"
