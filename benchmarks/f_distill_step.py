@@ -116,10 +116,10 @@ def cycle_ours(b: Bench) -> None:
     """As in train/f_distill.py."""
     fake = b.base.with_net(b.fake)
     critic = Critic(guided(b.base, GUIDANCE, b.uncond), fake, b.disc, BLOCKS, "teacher")
+    generator = Generator(b.base.with_net(b.student), SIGMA, "ve")
     cond, z = b.cond(), b.normal()
-    b.turn("student")
-    with b.autocast():
-        x0 = Generator(b.base.with_net(b.student), SIGMA, "ve")(z, cond)
+    with torch.no_grad(), b.autocast():
+        x0 = generator(z, cond)
     for _ in range(b.options.critic_updates):
         at, real = b.noising(), Real(0.5 * b.normal(), b.cond(), b.noising())
         b.turn("fake")
@@ -132,7 +132,9 @@ def cycle_ours(b: Bench) -> None:
         b.update("disc", loss)
         b.ratio.commit()
     b.turn("student")
+    cond, z = b.cond(), b.normal()
     with b.autocast():
+        x0 = generator(z, cond)
         loss, _ = student_loss(
             x0, cond, b.noising(), critic=critic, ratio=b.ratio, gan_weight=GAN_WEIGHT
         )
@@ -163,7 +165,7 @@ def cycle_plain(b: Bench) -> None:
         b.ratio.observe(log_fake, at.u)
         b.update("disc", softplus(log_fake).mean() + softplus(-log_real).mean())
         b.ratio.commit()
-    at = b.noising()
+    cond, z, at = b.cond(), b.normal(), b.noising()
     with b.autocast():
         x0 = generator(z, cond)
         x_t = SCHEDULE.add_noise(x0, at.eps, at.t)

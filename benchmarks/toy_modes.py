@@ -35,7 +35,7 @@ from diffdiv.objectives.f_distill import (
     student_loss,
 )
 
-SIGMA_DATA, T_INIT, BATCH, CRITIC_UPDATES = 0.72, 2.0, 256, 2
+SIGMA_DATA, T_INIT, BATCH, CRITIC_UPDATES = 0.72, 1.0, 256, 2
 SCHEDULE = edm(sigma_min=0.02, sigma_max=4.0, p_mean=-1.2, p_std=1.2)
 NO_COND = Condition()
 
@@ -117,8 +117,8 @@ def distil(
     critic = Critic(teacher, fake, heads, ["inputs"], "teacher")
     ratio = RatioStatistics(get_divergence(name))
     adam = partial(torch.optim.AdamW, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    optimizers = [adam(n.parameters(), lr=1e-3) for n in (fake.net, heads)]
-    student_optimizer = adam(student.net.parameters(), lr=3e-4)
+    optimizers = [adam(n.parameters(), lr=4e-3) for n in (fake.net, heads)]
+    student_optimizer = adam(student.net.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.LambdaLR(
         student_optimizer, lambda step: min(1.0, 2.5 * (1 - step / steps))
     )
@@ -165,7 +165,7 @@ def figure(samples: dict[str, Tensor], mixture: GaussianMixture, path: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--divergences", nargs="*", default=[d.name for d in DIVERGENCES])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)

@@ -3,10 +3,10 @@
     diffdiv train configs/demo/f_distill.yaml
     accelerate launch train/f_distill.py configs/f_distill/sd.yaml teacher.path=... data.path=...
 
-A cycle is ``critic_updates`` updates of the critic (fake score, then discriminator) and one of the
-student. The student's samples of a cycle are made once: its weights do not change before its own
-turn, so the critic's turns read the same samples at fresh times and noise, and the graph of that
-one forward serves the student's update.
+A cycle is ``critic_updates`` updates of the critic (fake score and discriminator), then one of the
+student. The critic's samples of a cycle are made once and reused at fresh times and noise: the
+student does not change in between. They are not the samples of the student's own update: a fake
+score judges badly what it was just fitted to.
 """
 
 from pathlib import Path
@@ -166,22 +166,23 @@ def main(config: RecipeConfig) -> None:
     student_times = base.schedule.between(*config.t_range)
     draw = partial(Noising.draw, shape=source.shape, seed=seed, device=run.device)
 
-    def generate(indices, with_graph):
-        """Student samples and their conditions."""
+    def generate(net, indices):
+        """Student samples [B, C, H, W] and their conditions."""
         cond = source.conditions(indices).to(run.device)
         z = normal(source.shape, seed=seed, purpose="z", indices=indices).to(run.device)
-        with torch.set_grad_enabled(with_graph), run.autocast():
-            return generator(z, cond), cond
+        with run.autocast():
+            return generator.with_net(net)(z, cond), cond
 
     run.restore()
     with run:
         preview.show()
         while run.step < config.run.steps:
-            with run.turn("student"):
-                # graphs of several micro-batches would pile up: these are made again when needed
-                keep = config.run.accumulation == 1
-                samples = [generate(i, with_graph=keep) for i in run.micro_batches("student")]
-
+            # even samples are the student's, odd ones the critic's
+            with torch.no_grad():
+                samples = [
+                    generate(student_net, [2 * i + 1 for i in indices])
+                    for indices in run.micro_batches("student")
+                ]
             while run.updates["fake"] < (run.step + 1) * config.critic_updates:
                 with run.turn(*critics):
                     for indices, (x0, cond) in zip(run.micro_batches("fake"), samples, strict=True):
@@ -205,9 +206,8 @@ def main(config: RecipeConfig) -> None:
                     ratio.commit()
 
             with run.turn("student"):
-                for indices, (x0, cond) in zip(run.micro_batches("student"), samples, strict=True):
-                    if not x0.requires_grad:
-                        x0, cond = generate(indices, with_graph=True)
+                for indices in run.micro_batches("student"):
+                    x0, cond = generate(student, [2 * i for i in indices])
                     with run.autocast():
                         loss, metrics = f_distill.student_loss(
                             x0, cond, draw(student_times, indices=indices, purpose="student"),

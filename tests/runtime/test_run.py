@@ -124,7 +124,7 @@ def test_average_and_clip_agree_with_hand_computation(tmp_path):
     # one AdamW step is lr g / (|g| + 1e-8): the gradient is 5, clipped to 1e-9 (less 1e-6 / 5)
     clipped = 5 * 1e-9 / (5 + 1e-6)
     assert (start - net.weight).item() == pytest.approx(0.1 * clipped / (clipped + 1e-8), rel=1e-6)
-    decay = 0.5 ** (4 / min(8, 4 / 20))  # the ramp-up: a twentieth of the 4 images seen
+    decay = 0.5 ** (4 / min(8, 4 / 5))  # the ramp-up: a fifth of the 4 images seen
     wanted = decay * start + (1 - decay) * net.weight
     assert torch.allclose(run.ema_weights("net", 8)["weight"], wanted, rtol=0, atol=1e-15)
     assert net.weight.grad is None

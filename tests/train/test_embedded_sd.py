@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from diffdiv.data.digits import WORDS, attributes_of, prompt_of
+from diffdiv.data.digits import WORDS, PromptedDigits, attributes_of, prompt_of
 from diffdiv.metrics.judge import attribute_accuracy, load_judge
 from diffdiv.runtime.launch import load_recipe
 
@@ -46,7 +46,14 @@ def test_structure(pipe: StableDiffusionPipeline) -> None:
     assert sum(p.numel() for p in pipe.unet.parameters()) == 1_209_332
     assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings
     assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
-    assert pipe.vae.config.scaling_factor != 0.18215  # measured, not the Stable Diffusion default
+
+
+def test_latents_have_unit_scale_in_every_channel(pipe: StableDiffusionPipeline) -> None:
+    images = PromptedDigits("test").batch(range(300)).images
+    with torch.no_grad():
+        posterior = pipe.vae.encode(images).latent_dist
+    x0 = posterior.sample(torch.Generator().manual_seed(0)) * pipe.vae.config.scaling_factor
+    assert torch.allclose(x0.std((0, 2, 3)), torch.ones(4), atol=0.1)
 
 
 def test_stock_call_draws_what_is_asked(pipe: StableDiffusionPipeline) -> None:
