@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -58,7 +58,7 @@ def main() -> None:
     table: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
         for divergence in DIVERGENCES:
-            for gan in (None, 0.5):
+            for gan in (None, 0.1):
                 began = time.process_time()
                 with tempfile.TemporaryDirectory() as folder:
                     values = {

@@ -165,7 +165,7 @@ def figure(samples: dict[str, Tensor], mixture: GaussianMixture, path: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--divergences", nargs="*", default=[d.name for d in DIVERGENCES])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)
