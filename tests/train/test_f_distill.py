@@ -202,3 +202,26 @@ def test_a_class_count_that_does_not_match(tmp_path):
     other = tiny_unet2d(tmp_path / "t", EDMEulerScheduler(sigma_max=10.0), num_classes=7)
     with pytest.raises(ValueError, match=r"digits: 10 classes for a teacher .* of size 7"):
         train(tmp_path / "run", other)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_teacher_that_says_nan_moves_no_weight(teacher, tmp_path, monkeypatch, policy):
+    from diffdiv.objectives import f_distill
+
+    direction, calls = f_distill.vsd_direction, []
+
+    def broken_once(x0, teacher_x0, fake_x0):
+        calls.append(1)
+        return direction(x0, teacher_x0 * (float("nan") if len(calls) == 1 else 1), fake_x0)
+
+    monkeypatch.setattr(f_distill, "vsd_direction", broken_once)
+    overrides = [f"run.non_finite={policy}", "run.steps=1"]
+    if policy == "stop":
+        with pytest.raises(FloatingPointError, match=r"student update 0, student_step 0: the loss"):
+            train(tmp_path, teacher, *overrides)
+        return
+    state = state_of(train(tmp_path, teacher, *overrides))
+    assert all(torch.equal(state[f"student/{k}"], v) for k, v in tiny_weights(teacher).items())
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [e["kind"] for e in events] == ["skip"]
+    assert "student update 0" in events[0]["message"]
