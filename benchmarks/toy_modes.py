@@ -1,6 +1,6 @@
 """Mode coverage of every divergence on a 2-D Gaussian mixture.
 
-    python benchmarks/toy_modes.py --seeds 3 --out docs/toy_modes.json --figure docs/toy_modes.png
+    python benchmarks/toy_modes.py --seeds 3 --out docs/toy_modes.json --figure toy.png
 
 Data: eight modes on a ring, weights 1:2:3:4:1:2:3:4. The teacher's score is exact (closed form);
 fake score, ratio (discriminator on x_t) and student are learned, as in train/f_distill.py but with

@@ -1,4 +1,4 @@
-"""Shared by all tests: one CPU thread (bitwise comparisons), and the folder of test helpers."""
+"""Shared by all tests: one CPU thread (bitwise comparisons), and the folder of shared builders."""
 
 import torch
 
