@@ -58,8 +58,8 @@ def run_demo(system: str, out: Path | None) -> Path:
     if system not in SYSTEMS:
         raise ValueError(f"demo {system!r} is not one of {', '.join(SYSTEMS)}")
     if "OMP_NUM_THREADS" not in os.environ:
-        # These networks are tiny: on a quiet 2-core machine a second thread gains a tenth of the
-        # time, on a busy one waiting for it costs a multiple.
+        # These networks are tiny, and threads that wait for each other on a busy machine cost a
+        # multiple of the time: docs/performance.md.
         torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     console, start = Console(), time.monotonic()
 

@@ -25,10 +25,22 @@ def demo(system, folder):
     return rows[0]["metrics"], rows[1]["metrics"], rows[2]["metrics"]
 
 
+@pytest.fixture(scope="module")
+def text_to_image(tmp_path_factory):
+    return demo("f-distill", tmp_path_factory.mktemp("demo"))
+
+
 @pytest.mark.slow
-def test_text_to_image(tmp_path):
-    teacher, before, student = demo("f-distill", tmp_path)
-    # The aim is the teacher's own distance; what is reached is in docs/f_distill.md.
+@pytest.mark.xfail(reason="the aim; 1.16 times is reached, see docs/f_distill.md", strict=False)
+def test_the_student_is_as_near_to_real_images_as_its_teacher(text_to_image):
+    teacher, _, student = text_to_image
+    assert student["frechet_judge"] <= teacher["frechet_judge"]
+
+
+@pytest.mark.slow
+def test_text_to_image(text_to_image):
+    teacher, before, student = text_to_image
+    # A guard against regressions, not the aim (above).
     assert student["frechet_judge"] <= 1.25 * teacher["frechet_judge"]
     assert student["frechet_judge"] < before["frechet_judge"]
     assert student["digit"] >= 0.95

@@ -47,7 +47,8 @@ def test_every_config_names_a_recipe_and_only_its_options(path: Path) -> None:
 
 
 def test_the_demo_brings_all_it_needs() -> None:
-    load_config("configs/demo/f_distill.yaml", [], load_recipe("f_distill").config_class)
+    config = load_config("configs/demo/f_distill.yaml", [], load_recipe("f_distill").config_class)
+    assert config.teacher.path.is_dir()
 
 
 def test_public_names() -> None:

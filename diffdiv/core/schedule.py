@@ -153,7 +153,7 @@ def rectified_flow(*, shift: float = 1.0, num_train_timesteps: int = 1000) -> Sc
     """Rectified flow (arXiv 2209.03003): alpha = 1 - t, sigma = t; t shifted as SD3 does.
 
     Args:
-        shift: t = shift u / (1 + (shift - 1) u) (arXiv 2403.03206, section 5.3.2).
+        shift: t = shift u / (1 + (shift - 1) u) (arXiv 2403.03206).
         num_train_timesteps: the network is told t times this number.
     """
     if shift <= 0:
