@@ -85,16 +85,16 @@ def run_demo(system: str, out: Path | None) -> Path:
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """evaluation.json as a table for the terminal."""
+    """evaluation.json as a table for the terminal, a column a sampler: fits 80 characters."""
     rows = evaluation["rows"]
-    names = list(rows[0]["metrics"])
-    table = Table(title=f"{evaluation['card']['n']} images a row, the same prompts and noise")
+    table = Table(
+        title=f"{evaluation['card']['n']} images each, same prompts and noise (↓ lower is better)"
+    )
     table.add_column("")
-    table.add_column("network evaluations", justify="right")
-    for name in names:
-        arrow = "lower is better" if "frechet" in name else "higher is better"
-        table.add_column(f"{name}\n({arrow})", justify="right")
     for row in rows:
-        values = [f"{row['metrics'][name]:.3f}" for name in names]
-        table.add_row(row["name"], str(row["network_evaluations"]), *values)
+        table.add_column(row["name"], justify="right")
+    table.add_row("network evaluations", *(str(row["network_evaluations"]) for row in rows))
+    for name in rows[0]["metrics"]:
+        arrow = "↓" if "frechet" in name else "↑"  # the better direction
+        table.add_row(f"{name} {arrow}", *(f"{row['metrics'][name]:.3f}" for row in rows))
     return table

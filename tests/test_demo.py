@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from diffdiv.demo import SYSTEMS, run_demo
+from diffdiv.demo import SYSTEMS, results_table, run_demo
 
 DIFFDIV = Path(sys.executable).with_name("diffdiv")
 
@@ -58,3 +59,16 @@ def test_an_unknown_demo_is_refused():
     with pytest.raises(ValueError, match=r"'sdxl' is not one of f-distill, digits"):
         run_demo("sdxl", None)
     assert set(SYSTEMS) == {"f-distill", "digits"}
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    names = ["teacher, 20 DDIM steps, guidance 1.5", "teacher's weights, 1 step", "student, 1 step"]
+    metrics = {"frechet_judge": 1.664, "digit": 0.984, "background": 1.0}
+    rows = [{"name": name, "network_evaluations": 40, "metrics": metrics} for name in names]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(results_table({"rows": rows, "card": {"n": 500}}))
+    text = capture.get()
+    for word in ("student, 1 step", "frechet_judge", "background", "1.664", "0.984"):
+        assert word in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
