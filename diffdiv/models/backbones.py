@@ -1,4 +1,4 @@
-"""diffusers backbones behind the denoiser contract: how each family is called and loaded.
+"""diffusers folders behind the denoiser contract: networks and VAEs, read and written.
 
 Only local folders are read, only safetensors, never code.
 """
@@ -13,100 +13,73 @@ import torch
 # concrete modules: mypy sees the placeholders of the lazy top level
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffdiv.core.schedule import schedule_from_config
-from diffdiv.models.denoiser import Condition, Denoiser
-
-
-def call_unet2d(net: nn.Module, x_in: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """UNet2DModel, class-conditional when the condition holds a label."""
-    output: Tensor = net(x_in, time.to(x_in.dtype), class_labels=cond.label, return_dict=False)[0]
-    return output
-
-
-def call_sd_unet(net: nn.Module, x_in: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """UNet2DConditionModel with text embeddings (Stable Diffusion 1.x, 2.x)."""
-    output: Tensor = net(x_in, time, encoder_hidden_states=cond.text, return_dict=False)[0]
-    return output
+from diffdiv.models.denoiser import Denoiser
+from diffdiv.models.families import FAMILIES, latent_shape, schedule_for
+from diffdiv.models.families import call_sd_unet as call_sd_unet
+from diffdiv.models.families import call_unet2d as call_unet2d
+from diffdiv.models.text import PromptEncoder as PromptEncoder
 
 
 def _read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise ValueError(
             f"{path.parent.parent}: no {path.parent.name}/{path.name} in this folder; wanted is a "
-            "diffusers folder with unet/ and scheduler/ (made by save_pretrained)"
+            "diffusers folder with unet/ or transformer/, and scheduler/ (made by save_pretrained)"
         )
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is wanted")
-    return content
 
 
 def load_denoiser(path: Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """Denoiser of a local diffusers folder with ``unet/`` and ``scheduler/``.
+    """Denoiser of a local diffusers folder with ``unet/`` or ``transformer/``, and ``scheduler/``.
 
     Args:
-        path: a Stable Diffusion pipeline folder or a UNet2DModel folder (EDM-, DDPM- or flow-type
-            scheduler). EDM's sigma_data is read from the scheduler.
+        path: a pipeline folder of a family in models/families.py, or a UNet2DModel folder (EDM-,
+            DDPM- or flow-type scheduler). EDM's sigma_data is read from the scheduler.
         dtype: of the weights.
 
     Raises:
         ValueError: naming the folder and what is wrong with it.
     """
-    unet_config = _read_json(path / "unet" / "config.json")
-    scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json")
-    name = str(scheduler_config.get("_class_name", "DDPMScheduler"))
+    folder = "transformer" if (path / "transformer").is_dir() else "unet"
+    config = _read_json(path / folder / "config.json")
+    scheduler = _read_json(path / "scheduler/scheduler_config.json")
+    kind = str(config.get("_class_name"))
+    if kind not in FAMILIES:
+        raise ValueError(f"{path / folder}: {kind} is not one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     try:
-        schedule, prediction = schedule_from_config(name, scheduler_config)
+        call = family.bind(config)
+    except ValueError as error:
+        raise ValueError(f"{path / folder}: {error}") from None
+    try:
+        name = str(scheduler.get("_class_name", "DDPMScheduler"))
+        schedule, prediction = schedule_for(name, scheduler, latent_shape(config))
     except ValueError as error:
         raise ValueError(f"{path / 'scheduler'}: {error}") from None
-    classes = {
-        "UNet2DModel": (UNet2DModel, call_unet2d),
-        "UNet2DConditionModel": (UNet2DConditionModel, call_sd_unet),
-    }
-    kind = str(unet_config.get("_class_name"))
-    if kind not in classes:
-        raise ValueError(f"{path / 'unet'}: {kind} is not one of {', '.join(classes)}")
-    model_class, call = classes[kind]
-    if unet_config.get("addition_embed_type"):
-        raise ValueError(
-            f"{path / 'unet'}: networks with added conditions (SDXL) are not wired yet"
-        )
     try:
-        net = model_class.from_pretrained(
-            path / "unet", use_safetensors=True, local_files_only=True
+        net = family.model.from_pretrained(
+            path / folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path / 'unet'}: weights cannot be read ({error})") from None
-    sigma_data = scheduler_config.get("sigma_data") if schedule.family == "edm" else None
-    return Denoiser(
-        net=net.eval(),
-        call=call,
-        schedule=schedule,
-        prediction=prediction,
-        sigma_data=None if sigma_data is None else float(str(sigma_data)),
-    )
+        raise ValueError(f"{path / folder}: weights cannot be read ({error})") from None
+    sigma_data = float(str(scheduler.get("sigma_data", 0.5))) if schedule.family == "edm" else None
+    return Denoiser(net.eval(), call, schedule, prediction, sigma_data)
 
 
 def sample_shape(net: nn.Module) -> tuple[int, int, int]:
     """Shape (channels, height, width) of the samples a loaded backbone was built for."""
-    config = cast("dict[str, int | list[int]]", net.config)
-    channels, size = config["in_channels"], config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    assert isinstance(channels, int)
-    return channels, height, width
+    return latent_shape(cast(UNet2DModel, net).config)
 
 
 def num_labels(net: nn.Module) -> int:
     """Size of a backbone's class embedding; 0 without one."""
-    return cast("dict[str, int | None]", net.config)["num_class_embeds"] or 0
+    return cast(UNet2DModel, net).config["num_class_embeds"] or 0
 
 
 def build_unet2d(
@@ -158,40 +131,11 @@ def save_edm_teacher(
     """Write ``unet/`` (``net``, given these weights) and ``scheduler/`` (EDMEulerScheduler)."""
     net.load_state_dict(weights)
     net.save_pretrained(folder / "unet")
-    scheduler = EDMEulerScheduler(sigma_data=sigma_data, sigma_max=sigma_max)
-    scheduler.save_config(folder / "scheduler")
-
-
-class PromptEncoder:
-    """Text encoder of a Stable Diffusion folder; each distinct prompt is encoded once."""
-
-    def __init__(self, path: Path) -> None:
-        self.tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-        self.text_encoder = CLIPTextModel.from_pretrained(
-            path / "text_encoder",
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        self.text_encoder.eval().requires_grad_(False)
-        self._cache: dict[str, Tensor] = {}
-
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        """Text embeddings of the prompts, [B, L, D] float32 on the CPU."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._cache]
-        if new:
-            tokens = self.tokenizer(
-                new, padding="max_length", truncation=True, return_tensors="pt"
-            ).input_ids
-            with torch.no_grad():
-                # not in chunks of the batch: padding to a fixed length makes rows independent
-                embeddings = self.text_encoder(tokens)[0]
-            self._cache.update(zip(new, embeddings, strict=True))
-        return Condition(text=torch.stack([self._cache[p] for p in prompts]))
+    EDMEulerScheduler(sigma_data=sigma_data, sigma_max=sigma_max).save_config(folder / "scheduler")
 
 
 class LatentCodec:
-    """VAE of a Stable Diffusion folder: images in [-1, 1] <-> scaled latents."""
+    """AutoencoderKL of a pipeline folder: images in [-1, 1] <-> shifted and scaled latents."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         vae = AutoencoderKL.from_pretrained(
@@ -199,6 +143,7 @@ class LatentCodec:
         )
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.scale: float = vae.config.scaling_factor
+        self.shift: float = vae.config.shift_factor or 0.0
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
@@ -207,7 +152,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
-        """Latents of images [B, 3, H, W], drawn from the posterior, times the scaling factor.
+        """Latents of images [B, 3, H, W], drawn from the posterior, shifted and scaled.
 
         A teacher was trained on posterior samples, so means would betray themselves as "real".
 
@@ -215,13 +160,21 @@ class LatentCodec:
             images: in [-1, 1].
             eps: standard normal noise [B, C, h, w] of the draw.
         """
-        posterior = self.vae.encode(images.to(self.vae.device)).latent_dist
-        latents: Tensor = posterior.mean + posterior.std * eps.to(self.vae.device)
-        return latents * self.scale
+        return self.draw(*self.posterior(images), eps)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, *, chunk: int = 64) -> Tensor:
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the unscaled latents of images [B, 3, H, W]."""
+        found = self.vae.encode(images.to(self.vae.device)).latent_dist
+        return found.mean, found.std
+
+    def draw(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+        """Latents drawn from a posterior by the noise ``eps``, shifted and scaled."""
+        return (mean + std * eps.to(mean.device) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W] float32 on the CPU."""
-        parts = latents.float().to(self.vae.device).split(chunk)
-        images = [self.vae.decode(p / self.scale, return_dict=False)[0] for p in parts]
+        parts = latents.float().to(self.vae.device).split(64)
+        images = [self.vae.decode(p / self.scale + self.shift, return_dict=False)[0] for p in parts]
         return torch.cat(images).clamp(-1, 1).cpu()

@@ -8,8 +8,9 @@ EDM preconditioning (arXiv 2206.00364, table 1) is a property of a denoiser:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,26 @@ class Condition:
 
     Attributes:
         text: text embeddings [B, L, D].
-        pooled: pooled text embedding [B, D] (SDXL).
+        text_mask: 1 where text holds a token, 0 for padding [B, L], int64 (PixArt, SANA).
+        pooled: pooled text embedding [B, D] (SDXL, SD3, FLUX).
         time_ids: original size, crop and target size in pixels [B, 6] (SDXL).
         label: class index [B], int64.
     """
 
     text: Tensor | None = None
+    text_mask: Tensor | None = None
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     label: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         """The condition with ``function`` applied to every field that is set."""
-        values = {f.name: self._value(f.name) for f in fields(self)}
-        return Condition(**{k: None if v is None else function(v) for k, v in values.items()})
+        values = vars(self).items()
+        return Condition(**{k: None if v is None else function(v) for k, v in values})
 
-    def _value(self, name: str) -> Tensor | None:
-        value: Tensor | None = self.__dict__[name]
-        return value
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Condition":
         """Move; floating-point fields also change dtype."""
@@ -58,13 +61,12 @@ class Condition:
 
 def concatenate(parts: Sequence[Condition]) -> Condition:
     """Conditions joined along the batch; all must set the same fields."""
-    joined: dict[str, Tensor | None] = {}
-    for field in fields(Condition):
-        values = [p._value(field.name) for p in parts]
-        tensors = [v for v in values if v is not None]
-        if tensors and len(tensors) != len(values):
-            raise ValueError(f"condition field {field.name!r} is set in some parts only")
-        joined[field.name] = torch.cat(tensors) if tensors else None
+    joined = {}
+    for name in vars(parts[0]):
+        values = [vars(part)[name] for part in parts if vars(part)[name] is not None]
+        if values and len(values) != len(parts):
+            raise ValueError(f"condition field {name!r} is set in some parts only")
+        joined[name] = torch.cat(values) if values else None
     return Condition(**joined)
 
 
@@ -97,34 +99,27 @@ class Denoiser:
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Network output in its own prediction space, shape of x_t."""
         if self.sigma_data is not None:
-            sigma = self.schedule.sigma(t)
-            c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+            c_in, _, _ = _preconditioning(self.schedule.sigma(t), self.sigma_data)
             x_t = expand_like(c_in, x_t) * x_t
         return self.call(self.net, x_t, self.schedule.net_time(t), cond)
 
-    def _linear(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma and (a, b) with raw = a x0 + b eps, float64, each [B]."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        if self.sigma_data is None:
-            return alpha, sigma, *coefficients(self.prediction, alpha, sigma)
-        total = sigma**2 + self.sigma_data**2
-        c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt()
-        return alpha, sigma, (1 - c_skip * alpha) / c_out, -c_skip * sigma / c_out
-
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What ``raw`` should be for this x0 and eps (denoising score matching)."""
-        _, _, a, b = self._linear(t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if self.sigma_data is None:
+            a, b = coefficients(self.prediction, alpha, sigma)
+        else:
+            _, c_skip, c_out = _preconditioning(sigma, self.sigma_data)
+            a, b = (1 - c_skip * alpha) / c_out, -c_skip * sigma / c_out
         return expand_like(a, x0) * x0 + expand_like(b, x0) * eps
 
     def x0_from_raw(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0 in float32 (or better) from the network's output."""
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         if self.sigma_data is None:
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
             return convert(raw, self.prediction, "x0", x_t.to(raw.dtype), alpha, sigma)
-        sigma = self.schedule.sigma(t)
-        total = sigma**2 + self.sigma_data**2
-        c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt()
+        _, c_skip, c_out = _preconditioning(sigma, self.sigma_data)
         return expand_like(c_skip, raw) * x_t + expand_like(c_out, raw) * raw
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -142,7 +137,7 @@ class Denoiser:
         """x0 and the outputs of the named blocks, from one forward."""
         with tap(self.net, names) as features:
             x0 = self(x_t, t, cond)
-        return x0, [features[name] for name in names]
+        return x0, [_as_map(features[name], x_t) for name in names]
 
     def features(
         self, x_t: Tensor, t: Tensor, cond: Condition, names: Sequence[str]
@@ -150,7 +145,13 @@ class Denoiser:
         """Outputs of the named blocks; the forward stops when the last of them is known."""
         with tap(self.net, names, stop=True) as features:
             self.raw(x_t, t, cond)
-        return [features[name] for name in names]
+        return [_as_map(features[name], x_t) for name in names]
+
+
+def _preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """EDM's c_in, c_skip and c_out."""
+    total = sigma**2 + sigma_data**2
+    return total.rsqrt(), sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ class GuidedDenoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Guided x0; both branches in one batched forward."""
-        both = concatenate([cond, self.uncond.expand(len(x_t))])
-        x0_both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0_both = self.denoiser(*self._both(x_t, t, cond))
         return self._combine(*x0_both.chunk(2))
 
     def with_features(
@@ -186,10 +186,12 @@ class GuidedDenoiser:
             with torch.no_grad():
                 x0_uncond = self.denoiser(x_t, t, self.uncond.expand(len(x_t)))
             return self._combine(x0_cond, x0_uncond), features
-        both = concatenate([cond, self.uncond.expand(len(x_t))])
-        x_both, t_both = torch.cat([x_t, x_t]), torch.cat([t, t])
-        x0_both, features = self.denoiser.with_features(x_both, t_both, both, names)
+        x0_both, features = self.denoiser.with_features(*self._both(x_t, t, cond), names)
         return self._combine(*x0_both.chunk(2)), [f[: len(x_t)] for f in features]
+
+    def _both(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Condition]:
+        both = concatenate([cond, self.uncond.expand(len(x_t))])
+        return torch.cat([x_t, x_t]), torch.cat([t, t]), both
 
     def _combine(self, x0_cond: Tensor, x0_uncond: Tensor) -> Tensor:
         return x0_uncond + self.scale * (x0_cond - x0_uncond)
@@ -225,38 +227,46 @@ def tap(net: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator
             behind them (the decoder) is not computed.
 
     Yields:
-        Mapping name -> tensor, filled by the forward; a block's tuple gives its first tensor.
+        Mapping name -> tensor, filled by the forward; of a block's tuple the image's part.
 
     Raises:
         ValueError: if a name is no sub-module of ``net``.
     """
     seen: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            assert isinstance(first, Tensor)
-            seen[name] = first
-            if stop and len(seen) == len(names):
-                raise _AllTappedError
+    def record(name: str, _module: nn.Module, _args: object, output: object) -> None:
+        seen[name] = _image_part(output)
+        if stop and len(seen) == len(names):
+            raise _AllTappedError
 
-        return hook
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in names:
-            try:
-                block = net.get_submodule(name)
-            except AttributeError:
-                blocks = [n for n, _ in net.named_modules() if n.count(".") < 2 and "block" in n]
-                raise ValueError(
-                    f"no block {name!r} in {type(net).__name__}; blocks: {', '.join(blocks)}"
-                ) from None
-            handles.append(block.register_forward_hook(hook_for(name)))
-        try:
+            hook = _block(net, name).register_forward_hook(partial(record, name))
+            hooks.callback(hook.remove)
+        with suppress(_AllTappedError):
             yield seen
-        except _AllTappedError:
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _image_part(output: object) -> Tensor:
+    """The image's feature from a block that may return several tensors."""
+    parts = output if isinstance(output, tuple) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    # convolutional blocks return it before their skips, joint transformer blocks behind the text
+    return tensors[0] if tensors[0].ndim == 4 else tensors[-1]
+
+
+def _as_map(feature: Tensor, x_t: Tensor) -> Tensor:
+    """Tokens of an image [B, N, C], row by row, as a map [B, C, h, w] of the shape of x_t."""
+    if feature.ndim == 4:
+        return feature
+    rows = round((feature.shape[1] * x_t.shape[-2] / x_t.shape[-1]) ** 0.5)
+    return feature.transpose(1, 2).unflatten(2, (rows, -1))
+
+
+def _block(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        blocks = [n for n, _ in net.named_modules() if n.count(".") < 2 and "block" in n]
+        known = f"{type(net).__name__}; blocks: {', '.join(blocks)}"
+        raise ValueError(f"no block {name!r} in {known}") from None

@@ -22,25 +22,20 @@ class DiscriminatorHeads(nn.Module):
 
     def __init__(self, channels: Sequence[int], *, width: int = 64) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c, width, 3, padding=1),
-                nn.GroupNorm(min(8, width), width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(min(8, width), width),
-                nn.SiLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(width, 1),
-            )
-            for c in channels
-        )
+        self.heads = nn.ModuleList(_head(inputs, width) for inputs in channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits [B], float32, from one feature map [B, C_i, h_i, w_i] per head."""
         logits = [head(f.float()) for head, f in zip(self.heads, features, strict=True)]
         return torch.cat(logits, 1).mean(1)
+
+
+def _head(inputs: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, width):
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+        layers += [nn.GroupNorm(min(8, width), width), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
 
 
 def heads_for(
