@@ -19,24 +19,24 @@ from torch import Tensor
 from torch.nn import functional
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+_PAINT = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.10, 0.68, 0.18),
+    "blue": (0.16, 0.32, 0.95),
+    "yellow": (0.95, 0.78, 0.05),
+    "purple": (0.62, 0.18, 0.82),
+    "cyan": (0.05, 0.75, 0.85),
+}
+COLOURS = tuple(_PAINT)
 BACKGROUNDS = ("black", "white")
 STROKES = ("thin", "bold")
+ATTRIBUTES = {"digit": DIGITS, "colour": COLOURS, "background": BACKGROUNDS, "stroke": STROKES}
 WORDS = ("a", *STROKES, *COLOURS, "handwritten", *DIGITS, "on", *BACKGROUNDS)
 IMAGE_SIZE = 32
 Split = Literal["train", "test"]
 
 _NUM_TRAIN = 1500
-_RGB = torch.tensor(
-    [
-        [0.90, 0.12, 0.12],
-        [0.10, 0.68, 0.18],
-        [0.16, 0.32, 0.95],
-        [0.95, 0.78, 0.05],
-        [0.62, 0.18, 0.82],
-        [0.05, 0.75, 0.85],
-    ]
-)
+_RGB = torch.tensor(list(_PAINT.values()))
 
 
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
@@ -103,12 +103,11 @@ def parse_prompt(text: str) -> dict[str, int]:
     Raises:
         ValueError: if a word is not in the vocabulary of this world.
     """
-    found = {"digit": -1, "colour": -1, "background": -1, "stroke": -1}
-    tables = {"digit": DIGITS, "colour": COLOURS, "background": BACKGROUNDS, "stroke": STROKES}
+    found = dict.fromkeys(ATTRIBUTES, -1)
     for word in text.lower().split():
         if word not in WORDS:
             raise ValueError(f"prompt: {word!r} is not one of {', '.join(WORDS)}")
-        for name, table in tables.items():
+        for name, table in ATTRIBUTES.items():
             if word in table:
                 found[name] = table.index(word)
     return found
@@ -117,8 +116,7 @@ def parse_prompt(text: str) -> dict[str, int]:
 def attributes_of(prompts: Sequence[str]) -> Attributes:
     """The attributes mentioned in each prompt, as tensors [N]."""
     parsed = [parse_prompt(prompt) for prompt in prompts]
-    names = ("digit", "colour", "background", "stroke")
-    return Attributes(**{name: torch.tensor([p[name] for p in parsed]) for name in names})
+    return Attributes(**{name: torch.tensor([p[name] for p in parsed]) for name in ATTRIBUTES})
 
 
 def render_glyphs(x0: Tensor) -> Tensor:

@@ -4,11 +4,9 @@ Broken items never stop a run: they are set aside with their path and the reason
 takes their place. Too many of them, or none that can be used, is an error before training starts.
 """
 
-import importlib
-import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,28 +26,20 @@ class ImageItems:
 
     Attributes:
         classes: names of the classes, in the order of their numbers; empty without labels.
-        quarantine: items that cannot be used, as (path, reason); grows when one fails late.
     """
 
     def __init__(
-        self,
-        name: Path,
-        paths: Sequence[Path],
-        open_item: Callable[[int], Path | io.BytesIO],
-        labels: Tensor | None,
-        classes: Sequence[str],
-        size: int,
-        channels: int,
-        flip: bool,
+        self, name: Path, paths: Sequence[Path], size: int, channels: int, flip: bool
     ) -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels: {channels} is not 1 or 3")
-        self.classes, self.quarantine = list(classes), list[tuple[Path, str]]()
-        self._name, self._paths, self._open, self._labels = name, paths, open_item, labels
-        self._size, self._channels, self._flip = size, channels, flip
-        self._broken: set[int] = set()
         if not paths:
             raise ValueError(f"{name}: there is no image here ({', '.join(sorted(SUFFIXES))})")
+        self.classes: list[str] = []
+        self._labels: Tensor | None = None
+        self._name, self._paths = name, paths
+        self._size, self._channels, self._flip = size, channels, flip
+        self._broken: dict[int, str] = {}  # item -> reason
         for item in range(len(paths)):
             try:
                 self._check(item)
@@ -57,6 +47,11 @@ class ImageItems:
                 self._set_aside(item, error)
         self._refuse_too_many()
         self._usable = [item for item in range(len(paths)) if item not in self._broken]
+
+    @property
+    def quarantine(self) -> list[tuple[Path, str]]:
+        """Items that cannot be used, as (path, reason); grows when one fails late."""
+        return [(self._paths[item], reason) for item, reason in self._broken.items()]
 
     def __len__(self) -> int:
         """Number of items that could be used at construction."""
@@ -77,35 +72,35 @@ class ImageItems:
         flips = uniform(seed=seed, purpose="images.flip", indices=indices) < 0.5
         images, items = [], []
         for index, flip in zip(indices, flips.tolist(), strict=True):
-            position = permuted(index, len(self), seed=seed, purpose="images")
-            x0, item = self._first_readable(position)
+            x0, item = self._first_readable(permuted(index, len(self), seed=seed, purpose="images"))
             images.append(x0.flip(-1) if flip and self._flip else x0)
             items.append(item)
         return torch.stack(images), None if self._labels is None else self._labels[items]
 
     def _first_readable(self, position: int) -> tuple[Tensor, int]:
-        for offset in range(len(self)):
-            item = self._usable[(position + offset) % len(self)]
-            if item in self._broken:
-                continue
-            try:
-                return self._read(item), item
-            except Exception as error:
-                self._set_aside(item, error)
-                self._refuse_too_many()
-        raise AssertionError("unreachable: too many broken items are refused before")
+        while True:  # ends: too many broken items are refused
+            item = self._usable[position % len(self)]
+            if item not in self._broken:
+                try:
+                    return self._read(item), item
+                except Exception as error:
+                    self._set_aside(item, error)
+                    self._refuse_too_many()
+            position += 1
 
     def _set_aside(self, item: int, error: Exception) -> None:
-        self._broken.add(item)
-        self.quarantine.append((self._paths[item], f"{error}" or type(error).__name__))
+        self._broken[item] = str(error) or type(error).__name__
 
     def _refuse_too_many(self) -> None:
-        if len(self.quarantine) > MAX_BROKEN * len(self._paths):
+        if len(self._broken) > MAX_BROKEN * len(self._paths):
             path, reason = self.quarantine[0]
             raise ValueError(
-                f"{self._name}: {len(self.quarantine)} of {len(self._paths)} images cannot be used "
+                f"{self._name}: {len(self._broken)} of {len(self._paths)} images cannot be used "
                 f"(more than {MAX_BROKEN:.0%}); the first is {path}: {reason}"
             )
+
+    def _open(self, item: int) -> Path | io.BytesIO:
+        return self._paths[item]
 
     def _image(self, item: int) -> Image.Image:
         with warnings.catch_warnings():
@@ -150,18 +145,14 @@ class ImageFolder(ImageItems):
         Raises:
             ValueError: if there is no image, or more than 5 % are broken or smaller than ``size``.
         """
-        path = Path(path)
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        classes: list[str] = []
-        labels = None
-        if class_from == "folder" and files:
-            if loose := [file for file in files if file.parent == path]:
-                raise ValueError(f"{path}: {loose[0].name} lies in no sub-folder, so has no class")
-            names = [file.relative_to(path).parts[0] for file in files]
-            classes = sorted(set(names))
-            number = {name: i for i, name in enumerate(classes)}
-            labels = torch.tensor([number[name] for name in names])
-        super().__init__(path, files, files.__getitem__, labels, classes, size, channels, flip)
+        if class_from and (loose := [file for file in files if file.parent == path]):
+            raise ValueError(f"{path}: {loose[0].name} lies in no sub-folder, so has no class")
+        super().__init__(path, files, size, channels, flip)
+        if class_from:
+            folders = [file.relative_to(path).parts[0] for file in files]
+            classes, numbers = np.unique(folders, return_inverse=True)
+            self.classes, self._labels = classes.tolist(), torch.from_numpy(numbers)
 
 
 class DatasetImages(ImageItems):
@@ -182,9 +173,10 @@ class DatasetImages(ImageItems):
         Arguments and errors as for :class:`ImageFolder`; ``label_key`` is a column of class
         numbers. ImportError without the package ``datasets``.
         """
-        if importlib.util.find_spec("datasets") is None:
-            raise ImportError("datasets is not installed: pip install 'diffdiv[data]'")
-        datasets = importlib.import_module("datasets")
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError("datasets is not installed: pip install 'diffdiv[data]'") from None
         if (path / "state.json").is_file():
             data = datasets.load_from_disk(str(path))
         else:
@@ -192,18 +184,16 @@ class DatasetImages(ImageItems):
         for key in filter(None, (image_key, label_key)):
             if key not in data.column_names:
                 raise ValueError(f"{path}: no column {key!r}; there is {data.column_names}")
-        data = data.cast_column(image_key, datasets.Image(decode=False))
-
-        def open_item(item: int) -> Path | io.BytesIO:
-            row = data[item][image_key]
-            return Path(row["path"]) if row["bytes"] is None else io.BytesIO(row["bytes"])
-
+        self._data, self._key = data.cast_column(image_key, datasets.Image(decode=False)), image_key
         paths = [path / f"row-{row}" for row in range(len(data))]
-        labels, classes = None, list[str]()
+        super().__init__(path, paths, size, channels, flip)
         if label_key is not None:
-            labels = torch.as_tensor(data[label_key][:], dtype=torch.int64)
-            classes = [str(i) for i in range(int(labels.max()) + 1)]
-        super().__init__(path, paths, open_item, labels, classes, size, channels, flip)
+            self._labels = torch.as_tensor(data[label_key][:], dtype=torch.int64)
+            self.classes = [str(i) for i in range(int(self._labels.max()) + 1)]
+
+    def _open(self, item: int) -> Path | io.BytesIO:
+        image = self._data[item][self._key]
+        return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:

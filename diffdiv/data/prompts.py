@@ -2,10 +2,9 @@
 
 import csv
 import importlib
-import importlib.util
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffdiv.core.noise import permuted
@@ -28,17 +27,9 @@ class PromptFile:
                 no such column, control characters.
             ImportError: for .parquet without pyarrow.
         """
-        readers: dict[str, Callable[[Path, str], list[str]]] = {
-            ".txt": lambda path, _: path.read_text("utf-8-sig").splitlines(),
-            ".jsonl": _read_jsonl,
-            ".csv": _read_csv,
-            ".parquet": _read_parquet,
-        }
-        path, self._seed = Path(path), seed
-        if path.suffix.lower() not in readers:
-            raise ValueError(f"{path}: a prompt file is one of {', '.join(readers)}")
+        self._seed = seed
         try:
-            lines = readers[path.suffix.lower()](path, column)
+            lines = _read(path, column)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
         for number, line in enumerate(lines, 1):
@@ -52,39 +43,53 @@ class PromptFile:
         """Number of prompts."""
         return len(self.prompts)
 
+    def row(self, index: int) -> int:
+        """Row of a global sample index; each epoch of ``len(self)`` uses every one once."""
+        return permuted(index, len(self), seed=self._seed, purpose="prompts")
+
     def prompt(self, index: int) -> str:
-        """The prompt of a global sample index; each epoch of ``len(self)`` uses every one once."""
-        return self.prompts[permuted(index, len(self), seed=self._seed, purpose="prompts")]
+        """The prompt of a global sample index."""
+        return self.prompts[self.row(index)]
 
 
-def _read_jsonl(path: Path, column: str) -> list[str]:
-    prompts = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
-        prompt = value.get(column) if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
-            raise ValueError(f"{path}: line {number} is no string and has no string {column!r}")
-        prompts.append(prompt)
-    return prompts
+def _read(path: Path, column: str) -> list[str]:
+    match path.suffix.lower():
+        case ".txt":
+            return path.read_text("utf-8-sig").splitlines()
+        case ".jsonl":
+            lines = path.read_text("utf-8-sig").split("\n")
+            filled = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+            return [_from_json(f"{path}: line {n}", line, column) for n, line in filled]
+        case ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file)
+                _check_column(path, column, rows.fieldnames or ())
+                return [row[column] or "" for row in rows]
+        case ".parquet":
+            return _read_parquet(path, column)
+    raise ValueError(f"{path}: a prompt file is one of .txt, .jsonl, .csv, .parquet")
 
 
-def _read_csv(path: Path, column: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if column not in (rows.fieldnames or ()):
-            raise ValueError(f"{path}: no column {column!r}; there is {rows.fieldnames}")
-        return [row[column] or "" for row in rows]
+def _from_json(place: str, line: str, column: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error.msg})") from None
+    prompt = value.get(column) if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place} is no string and has no string {column!r}")
+    return prompt
 
 
 def _read_parquet(path: Path, column: str) -> list[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError("pyarrow is not installed: pip install 'diffdiv[data]'")
-    parquet = importlib.import_module("pyarrow.parquet")
-    if column not in (names := parquet.read_schema(path).names):
-        raise ValueError(f"{path}: no column {column!r}; there is {names}")
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ImportError("pyarrow is not installed: pip install 'diffdiv[data]'") from None
+    _check_column(path, column, parquet.read_schema(path).names)
     return [str(v) for v in parquet.read_table(path, columns=[column])[column].to_pylist() if v]
+
+
+def _check_column(path: Path, column: str, columns: Sequence[str]) -> None:
+    if column not in columns:
+        raise ValueError(f"{path}: no column {column!r}; there is {', '.join(columns) or 'none'}")
