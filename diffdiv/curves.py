@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib
 from markupsafe import Markup
@@ -26,8 +26,7 @@ _MAX_POINTS = 300
 Points = list[tuple[float, float]]  # (step, value), in order
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One drawn quantity: its name, what the drawing shows in words, the drawing."""
 
     name: str
@@ -58,7 +57,7 @@ def panels(
 def _points(lines: Sequence[Mapping[str, object]], step_key: str, name: str) -> Points:
     pairs = [(line.get(step_key), line.get(name)) for line in lines]
     return [
-        (float(x), float(y))
+        (x, y)
         for x, y in pairs
         if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
     ]
@@ -67,7 +66,7 @@ def _points(lines: Sequence[Mapping[str, object]], step_key: str, name: str) -> 
 def _panel(name: str, series: Sequence[Points]) -> Panel:
     values = [y for points in series for _, y in points]
     is_log = min(values) > 0 and max(values) > 50 * min(values)
-    every = max(1, math.ceil(max(map(len, series)) / _MAX_POINTS))
+    every = math.ceil(max(map(len, series)) / _MAX_POINTS)
     figure = Figure(figsize=(3.6, 2.0), layout="constrained")
     axes = figure.subplots()
     for i, points in enumerate(series):
@@ -78,10 +77,10 @@ def _panel(name: str, series: Sequence[Points]) -> Panel:
         axes.plot(xs, ys, style, color=COLOURS[i % len(COLOURS)], linewidth=1.4)
     axes.set_yscale("log" if is_log else "linear")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(_INK)
+    axes.tick_params(which="both", colors=_INK, labelsize=8)
     axes.grid(alpha=0.25, color=_INK)
-    words = "; ".join(
-        f"from {points[0][1]:.4g} to {points[-1][1]:.4g}" for points in series if points
-    )
+    words = "; ".join(f"from {p[0][1]:.4g} to {p[-1][1]:.4g}" for p in series if p)
     words += ", log axis" if is_log else ""
     words += f", means of {every} lines" if every > 1 else ""
     return Panel(name, words, _svg(figure, f"{name}: {words}"))
@@ -89,15 +88,12 @@ def _panel(name: str, series: Sequence[Points]) -> Panel:
 
 def _svg(figure: Figure, description: str) -> Markup:
     """The figure as an SVG element without ids that clash, fixed colours or outside addresses."""
-    for axes in figure.axes:
-        axes.tick_params(which="both", colors=_INK, labelsize=8)
-        axes.spines[:].set_color(_INK)
     buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    text = buffer.getvalue().partition("<svg")[2]
     used = set(re.findall(r'#([\w-]+)[)"]', text))
     text = re.sub(r' id="([\w-]+)"', lambda m: m.group(0) if m.group(1) in used else "", text)
     label = Markup('<svg role="img" aria-label="{}"').format(description)
-    return Markup(text.replace(_INK, "currentColor").replace("<svg", label, 1))
+    return label + Markup(text.replace(_INK, "currentColor"))

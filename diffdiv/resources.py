@@ -3,11 +3,12 @@
 An installed wheel carries them in ``diffdiv/_bundled``; in a checkout they lie beside the package.
 """
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "_bundled", _PACKAGE.parent)
-FOLDERS = ("train", "configs", "pipelines", "assets")
+FOLDERS = frozenset({"train", "configs", "pipelines", "assets"})
 
 
 def find(path: str | Path) -> Path | None:
@@ -16,15 +17,9 @@ def find(path: str | Path) -> Path | None:
     Only what ships is found: the path must begin with one of ``FOLDERS`` and stay inside it.
     """
     path = Path(path)
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] not in [(f,) for f in FOLDERS]:
+    if path.is_absolute() or ".." in path.parts or not FOLDERS.intersection(path.parts[:1]):
         return None
-    for root in _ROOTS:
-        try:
-            if (root / path).exists():
-                return root / path
-        except (OSError, ValueError):  # a name too long, or with a NUL byte, names no file
-            return None
-    return None
+    return next((root / path for root in _ROOTS if os.path.exists(root / path)), None)
 
 
 def resource(relative: str | Path) -> Path:

@@ -13,25 +13,22 @@ from diffdiv.core.tensor import expand_like
 from diffdiv.models.denoiser import Condition, Denoiser, GuidedDenoiser
 
 
-def time_grid(schedule: Schedule, num_steps: int, *, sigma_max: float | None = None) -> Tensor:
+def time_grid(schedule: Schedule, num_steps: int) -> Tensor:
     """Decreasing times of ``num_steps`` sampling steps, the last one ends in data.
 
-    vp: trailing indices; edm: Karras' grid (rho 7) from ``sigma_max`` (default: the schedule's) to
-    0.002 at most 1/1000 of it; flow: equal steps of the schedule's own (shifted) quantile.
+    vp: trailing indices; edm: Karras' grid (rho 7) down to 0.002, at most 1/1000 of the start;
+    flow: equal steps of the schedule's own (shifted) quantile.
 
     Returns:
         Times [num_steps], float64; the step after the last one is t = 0.
     """
-    if num_steps < 1:
-        raise ValueError(f"number of sampling steps must be at least 1, not {num_steps}")
     steps = torch.arange(num_steps, dtype=torch.float64)
     match schedule.family:
         case "vp":
             size = schedule.t_max + 1
             return (size - steps * size / num_steps).round() - 1
         case "edm":
-            high = schedule.t_max if sigma_max is None else sigma_max
-            low = min(0.002, high / 1000)
+            high, low = schedule.t_max, min(0.002, schedule.t_max / 1000)
             ramp = steps / max(num_steps - 1, 1)
             return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     return schedule.sample_t(1 - steps / num_steps)
@@ -58,8 +55,7 @@ def sample_ode(
     Returns:
         x0, shape and device of z.
     """
-    base = denoiser.denoiser if isinstance(denoiser, GuidedDenoiser) else denoiser
-    schedule = base.schedule
+    schedule = (denoiser.denoiser if isinstance(denoiser, GuidedDenoiser) else denoiser).schedule
 
     def at(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch_t = t.to(z.device).expand(len(z))
@@ -67,10 +63,8 @@ def sample_ode(
 
     t, alpha, sigma = at(times[0])
     x = z * expand_like(sigma, z)
-    for following in [*times[1:], None]:
+    for following in times[1:]:
         x0 = denoiser(x, t, cond).to(x.dtype)
-        if following is None:
-            return x0
         eps = convert(x0, "x0", "eps", x, alpha, sigma)
         next_t, next_alpha, next_sigma = at(following)
         step = expand_like(next_alpha, x) * x0 + expand_like(next_sigma, x) * eps
@@ -81,4 +75,4 @@ def sample_ode(
             y = x / expand_like(alpha, x) + expand_like(ds, x) * (eps + next_eps) / 2
             step = expand_like(next_alpha, x) * y
         x, t, alpha, sigma = step, next_t, next_alpha, next_sigma
-    raise AssertionError("times is never empty")
+    return denoiser(x, t, cond).to(x.dtype)

@@ -154,6 +154,22 @@ def test_runs_that_lack_files(tmp_path: Path) -> None:
         write_report([tmp_path / "absent"], tmp_path / "c.html")
 
 
+@pytest.mark.parametrize(
+    ("facts", "call"),
+    [
+        ({}, 'pipe("a prompt", guidance_scale=0, num_inference_steps=1)'),
+        ({"classes": 10}, "pipe(class_labels=0, num_inference_steps=1)"),
+        ({"classes": None}, "pipe(num_inference_steps=1)"),
+    ],
+)
+def test_usage_is_a_call_the_export_accepts(facts: dict, call: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "export" / "export.json").write_text(json.dumps({"t_init": 1, **facts}))
+    said = Reader(write_report([run], tmp_path / "r.html").read_text("utf-8")).text
+    assert call in said and ("trust_remote_code=True" in said) == ("classes" in facts)
+    assert "diffdiv export" not in said
+
+
 def test_comparison(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", offset=-2.0)]
     reader = Reader(write_report(runs, tmp_path / "sub" / "r.html").read_text("utf-8"))

@@ -31,13 +31,11 @@ class Divergence:
         name: full name, the one used in YAML, logs and reports (short forms: core/names.py).
         f: generator as a function of log r, nats.
         h: r^2 f''(r) as a function of log r, non-negative.
-        mode_seeking: how the divergence trades missing modes against inventing mass.
     """
 
     name: str
     f: Callable[[Tensor], Tensor]
     h: Callable[[Tensor], Tensor]
-    mode_seeking: str
 
 
 def _softened_f(log_r: Tensor) -> Tensor:
@@ -50,24 +48,19 @@ def _jensen_shannon_f(log_r: Tensor) -> Tensor:
     return r * log_r - (r + 1) * (softplus(log_r) - _LOG2)
 
 
+def _neyman_f(log_r: Tensor) -> Tensor:
+    return (1 - log_r.exp()) ** 2 * (-log_r).exp()
+
+
 DIVERGENCES: tuple[Divergence, ...] = (
-    Divergence("reverse_kl", lambda a: -a, torch.ones_like, "yes"),
-    Divergence("softened_reverse_kl", _softened_f, lambda a: torch.sigmoid(-a), "yes"),
-    Divergence("jensen_shannon", _jensen_shannon_f, torch.sigmoid, "medium"),
-    Divergence(
-        "squared_hellinger", lambda a: 1 - (a / 2).exp(), lambda a: (a / 2).exp() / 4, "medium"
-    ),
-    Divergence("forward_kl", lambda a: a.exp() * a, torch.exp, "no"),
-    Divergence("jeffreys", lambda a: (a.exp() - 1) * a, lambda a: a.exp() + 1, "no"),
-    Divergence(
-        "neyman_chi2",
-        lambda a: (1 - a.exp()) ** 2 * (-a).exp(),
-        lambda a: 2 * (-a).exp(),
-        "strongest",
-    ),
-    Divergence(
-        "pearson_chi2", lambda a: (a.exp() - 1) ** 2, lambda a: 2 * (2 * a).exp(), "covering"
-    ),
+    Divergence("reverse_kl", lambda a: -a, torch.ones_like),
+    Divergence("softened_reverse_kl", _softened_f, lambda a: torch.sigmoid(-a)),
+    Divergence("jensen_shannon", _jensen_shannon_f, torch.sigmoid),
+    Divergence("squared_hellinger", lambda a: 1 - (a / 2).exp(), lambda a: (a / 2).exp() / 4),
+    Divergence("forward_kl", lambda a: a.exp() * a, torch.exp),
+    Divergence("jeffreys", lambda a: (a.exp() - 1) * a, lambda a: a.exp() + 1),
+    Divergence("neyman_chi2", _neyman_f, lambda a: 2 * (-a).exp()),
+    Divergence("pearson_chi2", lambda a: (a.exp() - 1) ** 2, lambda a: 2 * (2 * a).exp()),
 )
 
 

@@ -76,10 +76,10 @@ def convert(
         return pred
     # The coefficients are few: solve in float64, then meet the batch in its own dtype.
     alpha, sigma = alpha.double(), sigma.double()
+    if alpha.device.type == "cpu":
+        check_convertible(from_, alpha, sigma)
     a, b = coefficients(from_, alpha, sigma)
     determinant = alpha * b - sigma * a
-    if determinant.device.type == "cpu":
-        _refuse_singular(determinant, from_)
     c, d = coefficients(to, alpha, sigma)
     # to = c x0 + d eps with x0 = (b x_t - sigma pred) / det and eps = (alpha pred - a x_t) / det
     of_x_t = (c * b - d * a) / determinant
@@ -91,10 +91,7 @@ def check_convertible(kind: PredictionKind, alpha: Tensor, sigma: Tensor) -> Non
     """Raise ValueError if predictions of ``kind`` do not determine x0 at some (alpha, sigma)."""
     alpha, sigma = alpha.double(), sigma.double()
     a, b = coefficients(kind, alpha, sigma)
-    _refuse_singular(alpha * b - sigma * a, kind)
-
-
-def _refuse_singular(determinant: Tensor, kind: str) -> None:
+    determinant = alpha * b - sigma * a
     bad = ~torch.isfinite(determinant) | (determinant.abs() < 1e-12)
     if bool(bad.any()):
         raise ValueError(

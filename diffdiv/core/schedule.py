@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffdiv.core.noise import normal, uniform
 from diffdiv.core.prediction import PredictionKind
+from diffdiv.core.tensor import expand_like
 
 _VP_SCHEDULERS = (
     "DDPM DDIM PNDM LCM TCD EulerDiscrete EulerAncestralDiscrete HeunDiscrete LMSDiscrete "
@@ -27,6 +28,11 @@ _VP_SCHEDULERS = (
 ).split()
 _EDM_SCHEDULERS = ("EDMEuler", "EDMDPMSolverMultistep")
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
+_KINDS: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# DDPMScheduler understands every beta table of the vp family, zero terminal SNR included.
+_BETA_SETTINGS = (
+    "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
+).split()
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,7 @@ class Schedule:
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps, of shape and dtype of ``x0`` (t of shape [B])."""
-        shape = (-1, *([1] * (x0.ndim - 1)))
-        alpha = self.alpha(t).to(x0.device, x0.dtype).reshape(shape)
-        sigma = self.sigma(t).to(x0.device, x0.dtype).reshape(shape)
+        alpha, sigma = expand_like(self.alpha(t), x0), expand_like(self.sigma(t), x0)
         return alpha * x0 + sigma * eps
 
 
@@ -105,7 +109,6 @@ def vp_from_betas(betas: Tensor) -> Schedule:
         betas: shape [N], in (0, 1); 1 at the end is a zero-terminal-SNR schedule.
     """
     abar = torch.cumprod(1 - betas.double(), 0).clamp(0, 1)
-    alpha_table, sigma_table = abar.sqrt(), (1 - abar).sqrt()
     size = len(abar)
 
     def look_up(table: Tensor) -> Callable[[Tensor], Tensor]:
@@ -113,8 +116,8 @@ def vp_from_betas(betas: Tensor) -> Schedule:
 
     return Schedule(
         family="vp",
-        alpha=look_up(alpha_table),
-        sigma=look_up(sigma_table),
+        alpha=look_up(abar.sqrt()),
+        sigma=look_up((1 - abar).sqrt()),
         quantile=lambda u: (u * size).floor().clamp(0, size - 1),
         t_max=float(size - 1),
         net_time=lambda t: t,
@@ -122,11 +125,7 @@ def vp_from_betas(betas: Tensor) -> Schedule:
 
 
 def edm(
-    *,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
+    *, sigma_min: float = 0.002, sigma_max: float = 80.0, p_mean: float = -1.2, p_std: float = 1.2
 ) -> Schedule:
     """EDM schedule (arXiv 2206.00364): alpha = 1, sigma = t, ln t ~ N(p_mean, p_std^2) clamped.
 
@@ -183,9 +182,6 @@ def schedule_from_config(
         ValueError: if diffdiv cannot convert that scheduler.
     """
     short = name.removesuffix("Scheduler")
-    kinds: dict[str, PredictionKind] = {
-        "epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow",
-    }  # fmt: skip
     if short in _EDM_SCHEDULERS:
         low, high = float(str(config["sigma_min"])), float(str(config["sigma_max"]))
         return edm(sigma_min=low, sigma_max=high), "x0"
@@ -194,17 +190,14 @@ def schedule_from_config(
         steps = int(str(config.get("num_train_timesteps", 1000)))
         return rectified_flow(shift=shift, num_train_timesteps=steps), "flow"
     prediction = str(config.get("prediction_type", "epsilon"))
-    if short not in _VP_SCHEDULERS or prediction not in kinds or prediction == "flow_prediction":
+    if short not in _VP_SCHEDULERS or prediction not in _KINDS:
         known = ", ".join((*_VP_SCHEDULERS, *_EDM_SCHEDULERS, *_FLOW_SCHEDULERS))
         raise ValueError(
             f"scheduler {name} with prediction_type {prediction!r} cannot be converted; "
             f"known schedulers: {known}"
         )
-    # DDPMScheduler understands every beta table of the family, zero terminal SNR included.
-    allowed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-               "rescale_betas_zero_snr")  # fmt: skip
-    betas = DDPMScheduler.from_config({k: config[k] for k in allowed if k in config}).betas
-    return vp_from_betas(betas), kinds[prediction]
+    settings = {name: config[name] for name in _BETA_SETTINGS if name in config}
+    return vp_from_betas(DDPMScheduler.from_config(settings).betas), _KINDS[prediction]
 
 
 def from_diffusers(scheduler: ConfigMixin) -> Schedule:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -46,7 +45,6 @@ def metric_card(
     device: torch.device | str,
     command: str,
     weights: Path | None = None,
-    resize: str = "none",
     ema_half_life: int | None = None,
 ) -> dict[str, object]:
     """Everything that decides a metric's value besides the model.
@@ -58,7 +56,6 @@ def metric_card(
         device: where it ran.
         command: that repeats it.
         weights: file of the feature network; its hash goes into the card.
-        resize: how images were brought to the size of the feature network.
         ema_half_life: of the student's average, in images; None = the trained weights themselves.
     """
     return {
@@ -67,7 +64,7 @@ def metric_card(
         "seed_rule": "noise of sample i is a function of (seed, i)",
         "features": features,
         "weights_sha256": None if weights is None else file_sha256(weights),
-        "resize": resize,
+        "resize": "none",
         "ema_half_life": ema_half_life,
         "device": str(device),
         "command": command,
@@ -78,7 +75,6 @@ def metric_card(
 def write_evaluation(run_folder: Path, rows: list[Row], card: dict[str, object]) -> Path:
     """Write evaluation.json into the run folder; ValueError if a figure is not finite."""
     content: Evaluation = {"rows": rows, "card": card}
-    path, part = run_folder / "evaluation.json", run_folder / "evaluation.json.part"
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    path = run_folder / "evaluation.json"
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path

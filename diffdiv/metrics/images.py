@@ -23,26 +23,24 @@ from diffdiv.metrics.frechet import frechet_distance
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 Features = Callable[[Tensor], Tensor]
+_NEIGHBOURS = 3  # of precision and recall
 
 
+@torch.no_grad()
 def image_metrics(
     real: Iterable[Tensor],
     fake: Iterable[Tensor],
     *,
     inception: Path | Features,
-    device: torch.device | str = "cpu",
-    neighbours: int = 3,
     cross_check: bool = False,
 ) -> dict[str, float]:
     """Frechet and kernel distance, precision and recall of generated against real images.
 
     Args:
-        real: batches [B, 3, H, W] in [-1, 1] (as a list or generator; one batch is a list of one).
-        fake: generated images, likewise; at least two of each, and more than ``neighbours``.
+        real: batches [B, 1 or 3, H, W] in [-1, 1].
+        fake: generated images, likewise; more than three of each.
         inception: path of the Inception weights of FID, or another network that maps uint8 images
             [B, 3, H, W] to features [B, D].
-        device: where images go before the network.
-        neighbours: of precision and recall.
         cross_check: also the Frechet distance by clean-fid's formula, from the same features.
 
     Returns:
@@ -53,23 +51,22 @@ def image_metrics(
         FileNotFoundError: without the weights; says which they are and where they come from.
         ValueError: if the file is another one, or there are too few images.
     """
-    if isinstance(inception, Path):
-        network = _inception(inception, device)
-        names = ("fid", "kid")
-    else:
-        network, names = inception, ("frechet_distance", "kernel_distance")
+    names = (
+        ("fid", "kid") if isinstance(inception, Path) else ("frechet_distance", "kernel_distance")
+    )
+    network = _inception(inception) if isinstance(inception, Path) else inception
     features_fake, features_real = (
-        torch.cat([network(_to_uint8(batch).to(device)).cpu().float() for batch in batches])
+        torch.cat([network(_to_uint8(batch)).float() for batch in batches])
         for batches in (fake, real)
     )
     fewest = min(len(features_real), len(features_fake))
-    if fewest <= neighbours:
-        raise ValueError(f"{fewest} images are too few for {neighbours} neighbours")
+    if fewest <= _NEIGHBOURS:
+        raise ValueError(f"{fewest} images are too few for {_NEIGHBOURS} neighbours")
     kernel = kid_features_to_metric(
         features_fake, features_real, kid_subset_size=min(fewest, 1000), verbose=False
     )
     overlap = prc_features_to_metric(
-        features_fake, features_real, prc_neighborhood=neighbours, verbose=False
+        features_fake, features_real, prc_neighborhood=_NEIGHBOURS, verbose=False
     )
     metrics = {
         names[0]: frechet_distance(features_real, features_fake),
@@ -84,16 +81,13 @@ def image_metrics(
 
 
 @torch.no_grad()
-def clip_score(
-    images: Tensor, prompts: Sequence[str], clip: Path, *, device: torch.device | str = "cpu"
-) -> float:
+def clip_score(images: Tensor, prompts: Sequence[str], clip: Path) -> float:
     """Mean of 100 max(0, cosine) between the CLIP embeddings of images and their prompts.
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
         prompts: one for each image; cut to the length CLIP knows.
         clip: local transformers folder of a CLIP model with its processor.
-        device: where it runs.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -107,19 +101,14 @@ def clip_score(
             "openai/clip-vit-large-patch14 (MIT), as written by save_pretrained"
         )
     model = CLIPModel.from_pretrained(clip, use_safetensors=True, local_files_only=True)
+    model.float().eval()
     processor = CLIPProcessor.from_pretrained(clip, local_files_only=True)
-    model.float().to(device).eval()
-    pairs = zip(_to_uint8(images).split(64), range(0, len(prompts), 64), strict=True)
+    options = {"return_tensors": "pt", "padding": True, "truncation": True}
     total = 0.0
-    for batch, start in pairs:
-        inputs = processor(
-            text=list(prompts[start : start + 64]),
-            images=list(batch),
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        )
-        out = model(**inputs.to(device))  # embeddings come normalised
+    for start in range(0, len(prompts), 64):
+        rows = slice(start, start + 64)
+        inputs = processor(text=prompts[rows], images=list(_to_uint8(images[rows])), **options)
+        out = model(**inputs)  # embeddings come normalised
         total += float((out.image_embeds * out.text_embeds).sum(1).clamp_min(0).sum())
     return 100 * total / len(images)
 
@@ -130,7 +119,7 @@ def _to_uint8(images: Tensor) -> Tensor:
     return rounded.expand(-1, 3, -1, -1)
 
 
-def _inception(path: Path, device: torch.device | str) -> Features:
+def _inception(path: Path) -> Features:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; FID needs {INCEPTION_FILE} (Apache-2.0) from the release v0.2.0"
@@ -141,12 +130,5 @@ def _inception(path: Path, device: torch.device | str) -> Features:
         raise ValueError(f"{path}: is not {INCEPTION_FILE} (its SHA-256 differs), so gives no FID")
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-    ).to(device)
-
-    def features(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            (pooled,) = network(images)
-        assert isinstance(pooled, Tensor)
-        return pooled
-
-    return features
+    )
+    return lambda images: network(images)[0]

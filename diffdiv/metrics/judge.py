@@ -11,16 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdiv.data.digits import BACKGROUNDS, COLOURS, DIGITS, STROKES, Attributes
+from diffdiv.data.digits import ATTRIBUTES, Attributes
 from diffdiv.metrics.frechet import frechet_distance
 
 WEIGHTS_NAME = "judge.safetensors"
-_HEADS = {
-    "digit": len(DIGITS),
-    "colour": len(COLOURS),
-    "background": len(BACKGROUNDS),
-    "stroke": len(STROKES),
-}
+_HEADS = {name: len(words) for name, words in ATTRIBUTES.items()}
 
 
 class Judge(nn.Module):
@@ -50,18 +45,18 @@ def save_judge(judge: Judge, folder: Path) -> None:
     save_file(judge.state_dict(), folder / WEIGHTS_NAME)
 
 
-def load_judge(path: Path, *, device: str = "cpu") -> Judge:
+def load_judge(path: Path) -> Judge:
     """The frozen judge from a folder that ``save_judge`` wrote.
 
     Raises:
         FileNotFoundError: if the folder holds no judge weights.
     """
-    weights = Path(path) / WEIGHTS_NAME
+    weights = path / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no judge weights here (made by train/embedded_sd.py)")
     judge = Judge()
-    judge.load_state_dict(load_file(weights, device=device))
-    return judge.to(device).eval().requires_grad_(False)
+    judge.load_state_dict(load_file(weights))
+    return judge.eval().requires_grad_(False)
 
 
 def _chunks(images: Tensor, size: int = 250) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Denoising score matching in the prediction space of the network."""
+"""Denoising score matching in the prediction space of the network; regression on ODE pairs."""
 
 from torch import Tensor
 
@@ -25,3 +25,18 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Condition, at: Noising)
     target = denoiser.target(x0, at.eps, at.t)
     error = denoiser.raw(x_t, at.t, cond).to(target.dtype) - target
     return error.square().mean()
+
+
+def regression_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
+    """Mean squared error of the student against the end of the teacher's ODE from the same noise.
+
+    The warm-up of one-step students (DMD2, arXiv 2405.14867, for SDXL at t_init = 399).
+
+    Args:
+        x0: student samples [B, ...].
+        teacher_x0: the teacher's, from the same z and condition.
+
+    Returns:
+        Loss, float32 scalar.
+    """
+    return (x0.float() - teacher_x0).square().mean()

@@ -15,13 +15,12 @@ from math import log
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdiv.core.divergence import Divergence
 from diffdiv.core.schedule import Noising
 from diffdiv.core.tensor import expand_like, flat_mean, loss_with_gradient, sum_over_ranks
 from diffdiv.models.denoiser import Condition, Denoiser, GuidedDenoiser, concatenate
-from diffdiv.models.discriminator import DiscriminatorHeads
 from diffdiv.objectives.denoising import denoising_loss
 from diffdiv.objectives.gan import (
     approximate_r1_penalty,
@@ -118,9 +117,8 @@ class RatioStatistics:
         k = self.num_bins
         self._pending[:k].index_add_(0, bins, r)
         self._pending[k : 2 * k].index_add_(0, bins, torch.ones_like(r))
-        self._pending[2 * k :] += torch.stack(
-            [h.sum(), h.square().sum(), torch.tensor(len(h) * 1.0)]
-        )
+        count = torch.tensor(float(len(h)))
+        self._pending[2 * k :] += torch.stack([h.sum(), h.square().sum(), count])
 
     def commit(self) -> None:
         """Fold what was observed on all ranks into the running means; call once an update."""
@@ -132,26 +130,21 @@ class RatioStatistics:
         batch_mean = torch.stack([r / count.clamp_min(1), torch.ones_like(r)])
         self.mean_r = torch.where(seen, d * self.mean_r + (1 - d) * batch_mean, self.mean_r)
         if sums[-1] > 0:
-            now = torch.stack([sums[-3] / sums[-1], sums[-2] / sums[-1], torch.ones_like(sums[-1])])
-            self.mean_h = d * self.mean_h + (1 - d) * now
+            self.mean_h = d * self.mean_h + (1 - d) * (sums[2 * k :] / sums[-1])
             self.samples = sums[-1]
 
-    def normaliser_error(self) -> float:
-        """Relative standard error of stage 2's mean of h (0 for reverse KL).
+    def warning(self) -> str | None:
+        """One sentence when the batch is too small for stage 2 of this divergence, else None.
 
-        Var[h]/E[h]^2 over the samples the average effectively holds, B (1 + d)/(1 - d). Above
-        about 0.25 the batch is too small for this divergence.
+        Measured by the relative standard error of the mean of h, 0 for reverse KL: Var[h]/E[h]^2
+        over the samples the average effectively holds, B (1 + d)/(1 - d).
         """
-        total, square, weight = (float(v) for v in self.mean_h)
-        if weight == 0 or total == 0:
-            return 0.0
+        total, square, weight = self.mean_h.tolist()
+        if total == 0:
+            return None
         relative_variance = max(square * weight / total**2 - 1, 0.0)
         held = float(self.samples) * (1 + self.decay) / (1 - self.decay)
-        return (relative_variance / held) ** 0.5
-
-    def warning(self) -> str | None:
-        """One sentence when the batch is too small for stage 2 of this divergence, else None."""
-        error = self.normaliser_error()
+        error = (relative_variance / held) ** 0.5
         if error <= 0.25:
             return None
         return (
@@ -166,8 +159,9 @@ class RatioStatistics:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`."""
-        self.mean_r, self.mean_h = state["mean_r"].clone(), state["mean_h"].clone()
-        self.samples = state["samples"].clone()
+        self.mean_r, self.mean_h, self.samples = (
+            state[name].clone() for name in ("mean_r", "mean_h", "samples")
+        )
 
 
 @dataclass(frozen=True)
@@ -184,22 +178,20 @@ class Critic:
 
     teacher: Denoiser | GuidedDenoiser
     fake: Denoiser
-    disc: DiscriminatorHeads | torch.nn.Module | None
+    disc: nn.Module | None
     blocks: Sequence[str]
     trunk: Literal["teacher", "fake"]
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """log_r [B] at x_t; the trunk's forward stops behind the last tapped block."""
         assert self.disc is not None
-        teacher = (
-            self.teacher.denoiser if isinstance(self.teacher, GuidedDenoiser) else self.teacher
-        )
-        trunk = teacher if self.trunk == "teacher" else self.fake
+        teacher = self.teacher
+        base = teacher.denoiser if isinstance(teacher, GuidedDenoiser) else teacher
+        trunk = base if self.trunk == "teacher" else self.fake
         # only a gradient that is asked for at x_t goes through the trunk: its weights learn nothing
         with torch.set_grad_enabled(torch.is_grad_enabled() and x_t.requires_grad):
             features = trunk.features(x_t, t, cond, self.blocks)
-        log_r: Tensor = self.disc(features)
-        return log_r
+        return self.disc(features)
 
     def judge(
         self, x_t: Tensor, t: Tensor, cond: Condition
@@ -208,15 +200,14 @@ class Critic:
         if self.disc is None:
             with torch.no_grad():
                 return self.teacher(x_t, t, cond), self.fake(x_t, t, cond), None
-        source, other = self.teacher, self.fake
         if self.trunk == "teacher":
-            teacher_x0, features = source.with_features(x_t, t, cond, self.blocks)
+            teacher_x0, features = self.teacher.with_features(x_t, t, cond, self.blocks)
             with torch.no_grad():
-                fake_x0 = other(x_t.detach(), t, cond)
+                fake_x0 = self.fake(x_t.detach(), t, cond)
         else:
             with torch.no_grad():
-                teacher_x0 = source(x_t.detach(), t, cond)
-            fake_x0, features = other.with_features(x_t, t, cond, self.blocks)
+                teacher_x0 = self.teacher(x_t.detach(), t, cond)
+            fake_x0, features = self.fake.with_features(x_t, t, cond, self.blocks)
         return teacher_x0.detach(), fake_x0.detach(), self.disc(features)
 
 
