@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from diffdiv.resources import resource
@@ -13,6 +14,8 @@ from diffdiv.runtime.launch import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from diffdiv.rehearsal import PlanSpec
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ def prepare(config: str | Path, overrides: Sequence[str]) -> tuple[Recipe, Confi
     name, _ = read_config(config)
     known = sorted(path.stem for path in resource("train").glob("*.py"))
     if name not in known:
-        hint = nearest(name, known).rstrip()
-        raise ConfigError([f"recipe: {name!r} is not one of {', '.join(known)} {hint}".rstrip()])
+        guess = nearest(name, {stem: stem for stem in known})
+        raise ConfigError([f"recipe: {name!r} is not one of {', '.join(known)}{guess}"])
     recipe = load_recipe(name)
     return recipe, load_config(config, overrides, recipe.config_class)
 
@@ -86,3 +89,63 @@ def load(path: str | Path) -> "DiffusionPipeline":
     from diffdiv.generate import load_pipeline
 
     return load_pipeline(Path(path))
+
+
+def plan_config(
+    config: str | Path, overrides: Sequence[str], like: str | None, processes: int = 1
+) -> "PlanSpec":
+    """What one GPU of an f-distill run would have to hold; for `diffdiv plan`.
+
+    Neither weights nor data need be there: where ``teacher.path`` is no folder, the shapes are
+    those of ``like``.
+
+    Args:
+        config, overrides: as in :func:`train`, overrides as ``key=value``.
+        like: "sd15", "sd21" or "sdxl"; None = a folder at ``teacher.path`` is wanted.
+        processes: GPUs that share the batch.
+
+    Raises:
+        ConfigError: with every mistake; also if neither folder nor ``like`` says the shapes.
+    """
+    from diffdiv.models.architectures import ARCHITECTURES, read_architecture
+    from diffdiv.rehearsal import PlanSpec
+
+    name, values = read_config(config)
+    if name != "f_distill":
+        raise ConfigError([f"recipe: {name!r} cannot be planned, only f_distill"])
+    given = [item.partition("=")[2] for item in overrides if item.startswith("teacher.path=")]
+    teacher = values.get("teacher")
+    written = teacher.get("path") if isinstance(teacher, dict) else None
+    path = Path(str(given[-1] if given else written))
+    with TemporaryDirectory() as absent:  # stands for weights and data that are not there yet
+        items = [*overrides, f"data.path={absent}"]
+        items += [] if path.is_dir() else [f"teacher.path={absent}"]
+        asked = prepare(config, items)[1].model_dump(mode="json")
+    if path.is_dir():
+        architecture = read_architecture(path)
+    elif like in ARCHITECTURES:
+        architecture = ARCHITECTURES[like]
+    else:
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(
+            [f"teacher.path: there is no folder {path}; name its kind: --like {known}"]
+        )
+    run, student, gan = asked["run"], asked["student"], asked["gan"]
+    lora, fake_lora, is_cached = student["lora"], asked["fake_lora"], asked["data"]["cache"]
+    needs_ratio = asked["divergence"]["name"] != "reverse_kl" or gan["weight"] is not None
+    return PlanSpec(
+        architecture,
+        size=int(str(architecture.unet["sample_size"])) * architecture.pixels_per_latent,
+        batch=run["batch_size"] // run["accumulation"] // processes,
+        guidance_scale=asked["teacher"]["guidance_scale"],
+        student_rank=lora and lora["rank"],
+        fake_rank=fake_lora and fake_lora["rank"],
+        checkpointing=asked["teacher"]["checkpointing"],
+        base_dtype=asked["teacher"]["dtype"],
+        precision=run["precision"],
+        critic_updates=asked["critic_updates"],
+        gan_blocks=tuple(gan["blocks"] or ("mid_block",)) if needs_ratio else None,
+        gan_trunk=gan["trunk"],
+        num_ema=len(student["ema_half_lives"]),
+        vae_images=None if is_cached else 1,
+    )

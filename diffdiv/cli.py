@@ -1,24 +1,19 @@
 """The command line. Heavy libraries are imported inside the commands, so --help is instant."""
 
 import ast
-import importlib.util
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from diffdiv import resources
-from diffdiv.runtime.yaml_io import ConfigError, redact, to_yaml
-
-if TYPE_CHECKING:
-    from diffdiv.runtime.config import Config
+from diffdiv.runtime import launch
+from diffdiv.runtime.yaml_io import to_yaml
 
 app = typer.Typer(
     help="Distil and fine-tune diffusion models by divergence minimisation.",
@@ -57,36 +52,42 @@ def train(
 ) -> None:
     """Run the recipe a configuration names; the same command again resumes."""
     from diffdiv.api import prepare
-    from diffdiv.runtime.launch import launch
+    from diffdiv.runtime.config import RunConfig
 
     items = overrides or []
     recipe, resolved = prepare(config, items)
     if not dry_run:
-        raise typer.Exit(launch(recipe.path, [str(config), *items], processes))
+        raise typer.Exit(launch.launch(recipe.path, [str(config), *items], processes))
     _out.print(to_yaml({"recipe": recipe.name, **resolved.model_dump(mode="json")}), end="")
-    problems = list(_problems(resolved, processes))
+    runs = [value for _, value in resolved if isinstance(value, RunConfig)]
+    problems = [problem for run in runs for problem in run.problems(processes)]
     for problem in problems:
         _err.print(f"problem: {problem}")
     _out.print(f"# {len(problems)} problems found" if problems else "# ready to run")
     raise typer.Exit(1 if problems else 0)
 
 
-def _problems(config: "Config", processes: int) -> Iterator[str]:
-    """What would stop the run, as far as can be told without importing torch."""
-    from diffdiv.runtime.config import RunConfig
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of f_distill, here or bundled.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. run.batch_size=4")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="A card (4090, A100-80) or its memory (24GB).")] = "24GB",
+    like: Annotated[
+        str | None, typer.Option(help="sd15, sd21 or sdxl, while teacher.path is not there.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
+    knobs: Annotated[bool, typer.Option(help="Also what each change would save (slow).")] = False,
+) -> None:
+    """Say what a run will need on one GPU, without a GPU and without weights."""
+    from diffdiv.api import plan_config
+    from diffdiv.plan import knobs as turned
+    from diffdiv.plan import parse_gpu, plan_cycle, render
 
-    for run in (value for _, value in config if isinstance(value, RunConfig)):
-        if run.batch_size % (processes * run.accumulation):
-            yield (
-                f"run.batch_size {run.batch_size} is not a multiple of "
-                f"processes {processes} x accumulation {run.accumulation}"
-            )
-        for tracker in run.trackers:
-            if importlib.util.find_spec(tracker) is None:
-                yield f"run.trackers: {tracker} is not installed (pip install 'diffdiv[{tracker}]')"
-        existing = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            yield f"run.folder: {run.folder} cannot be written"
+    card, spec = parse_gpu(gpu), plan_config(config, overrides or [], like, processes)
+    planned = plan_cycle(spec)
+    _out.print(render(planned, card, turned=turned(planned) if knobs else ()))
 
 
 @app.command()
@@ -125,15 +126,16 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     ema: Annotated[
-        int | None,
-        typer.Option(help="EMA half-life in images; 0: no EMA. Default: the run's first."),
+        int | None, typer.Option(help="EMA half-life in images; 0: no EMA. Default: the first.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="An adapter alone, not merged.")] = False,
 ) -> None:
     """Write the student as a folder that stock diffusers loads."""
-    from diffdiv.export import export_run
+    from diffdiv.export import export_lora, export_run
 
-    _out.print(f"wrote {export_run(run, out, ema=ema, force=force)}")
+    write = export_lora if lora else export_run
+    _out.print(f"wrote {write(run, out, ema=ema, force=force)}")
 
 
 @app.command()
@@ -153,9 +155,7 @@ def copy(
     folder: Annotated[Path, typer.Argument(help="Where to put it.")],
 ) -> None:
     """Take a recipe away, to edit: one file, which runs where it lies."""
-    from diffdiv.runtime.launch import load_recipe
-
-    source = load_recipe(recipe).path
+    source = launch.load_recipe(recipe).path
     target = folder / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists; it is left as it is")
@@ -169,34 +169,27 @@ def list_() -> None:
     """Show the recipes, configurations, divergences and embedded models there are."""
     from diffdiv.core.names import DIVERGENCE_ALIASES
 
-    names = resources.resource("train").glob("*.py")
-    _table("Recipes", [(path.stem, _first_line(path)) for path in sorted(names)])
-    configs = resources.resource("configs")
-    files = [(path, path.relative_to(configs.parent)) for path in sorted(configs.rglob("*.yaml"))]
-    _table("Configurations", [(str(name), _first_line(path)) for path, name in files])
-    _table("Divergences", [(n, ", ".join(short)) for n, short in DIVERGENCE_ALIASES.items()])
-    assets = [path for path in sorted(resources.resource("assets").iterdir()) if path.is_dir()]
-    _table("Embedded models", [(f"assets/{path.name}", _size(path)) for path in assets])
-
-
-def _size(folder: Path) -> str:
-    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{num_bytes / 1e6:.1f} MB"
+    recipes, configs = resources.resource("train"), resources.resource("configs")
+    _table("Recipes", ((path.stem, _first_line(path)) for path in sorted(recipes.glob("*.py"))))
+    yamls = [(path.relative_to(configs.parent), path) for path in sorted(configs.rglob("*.yaml"))]
+    _table("Configurations", ((str(name), _first_line(path)) for name, path in yamls))
+    _table("Divergences", ((n, ", ".join(short)) for n, short in DIVERGENCE_ALIASES.items()))
+    assets = sorted(resources.resource("assets").glob("embedded_*"))
+    _table("Embedded models", ((f"assets/{path.name}",) for path in assets))
 
 
 def _first_line(path: Path) -> str:
     """The first comment line of a YAML file, the first docstring line of a Python file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    first = text.partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+        text = ast.get_docstring(ast.parse(text)) or ""
+    return text.partition("\n")[0].removeprefix("# ")
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> None:
+def _table(title: str, rows: Iterable[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*row)
     _out.print(table)
     _out.print()
 
@@ -206,40 +199,21 @@ def doctor() -> None:
     """Check this environment: versions, device, disk, the bundled models."""
     from diffdiv.doctor import examine
 
-    words = {True: "ok", None: "note", False: "FAILED"}
-    rows = list(examine())
-    _table("diffdiv doctor", [(what, words[fine], detail) for what, fine, detail in rows])
+    words, rows = {True: "ok", None: "note", False: "FAILED"}, list(examine())
+    _table("diffdiv doctor", ((what, words[fine], detail) for what, fine, detail in rows))
     raise typer.Exit(1 if any(fine is False for _, fine, _ in rows) else 0)
 
 
 def main() -> None:
     """Entry point: expected failures become one sentence, not a traceback.
 
-    Exit codes: 2 for a mistake in the configuration or the arguments, 1 for a failure at work,
+    Exit status 2 for a mistake in the configuration or the arguments, 1 for a failure at work,
     75 when a signal stopped a run after saving its state (run the same command to resume).
-    Set DIFFDIV_TRACEBACK=1 to see where a failure came from.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is a local path
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per loaded file is noise
-    try:
+    with launch.failures_as_sentences():
         app()
-    except ConfigError as error:
-        for message in error.messages:
-            _err.print(f"error: {message}")
-        sys.exit(2)
-    except Exception as error:
-        if os.environ.get("DIFFDIV_TRACEBACK") or not _is_expected(error):
-            raise
-        _err.print(f"error: {redact(str(error)) or type(error).__name__}")
-        sys.exit(1)
-
-
-def _is_expected(error: Exception) -> bool:
-    if isinstance(error, OSError | ValueError | FloatingPointError):
-        return True
-    from diffdiv.runtime.checkpoint import CheckpointError
-
-    return isinstance(error, CheckpointError)
 
 
 if __name__ == "__main__":

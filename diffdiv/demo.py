@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from diffdiv.verify import verify_export
 
 _USE_SD = """from diffusers import AutoPipelineForText2Image
 pipe = AutoPipelineForText2Image.from_pretrained("{export}")
-image = pipe("{prompt}", num_inference_steps=1, guidance_scale=0).images[0]"""
+prompt = "a bold red handwritten seven on white"
+image = pipe(prompt, num_inference_steps=1, guidance_scale=0).images[0]"""
 _USE_UNET = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{export}", trust_remote_code=True)
 image = pipe(class_labels=7).images[0]"""
@@ -26,7 +26,7 @@ image = pipe(class_labels=7).images[0]"""
 
 def _f_distill(out: Path) -> tuple[Path, str]:
     run = api.train("configs/demo/f_distill.yaml", {"run.folder": out})
-    return run.folder, _USE_SD.replace("{prompt}", "a bold red handwritten seven on white")
+    return run.folder, _USE_SD
 
 
 def _digits(out: Path) -> tuple[Path, str]:
@@ -35,10 +35,7 @@ def _digits(out: Path) -> tuple[Path, str]:
     return api.train("configs/demo/digits.yaml", values).folder, _USE_UNET
 
 
-SYSTEMS: dict[str, Callable[[Path], tuple[Path, str]]] = {
-    "f-distill": _f_distill,
-    "digits": _digits,
-}
+SYSTEMS = {"f-distill": _f_distill, "digits": _digits}
 
 
 def run_demo(system: str, out: Path | None) -> Path:
@@ -77,9 +74,8 @@ def run_demo(system: str, out: Path | None) -> Path:
     report = write_report([run], run / "report.html")
     say("done")
     console.print(results_table(evaluation))
-    console.print(
-        f"report   {report}\nexport   {export}  (x0 as in training to {difference:.0e})\n"
-    )
+    console.print(f"report   {report}")
+    console.print(f"export   {export}  (x0 as in training to {difference:.0e})\n")
     console.print(usage.replace("{export}", str(export)), highlight=False, markup=False)
     return run
 
@@ -87,9 +83,8 @@ def run_demo(system: str, out: Path | None) -> Path:
 def results_table(evaluation: Evaluation) -> Table:
     """evaluation.json as a table for the terminal, a column a sampler: fits 80 characters."""
     rows = evaluation["rows"]
-    table = Table(
-        title=f"{evaluation['card']['n']} images each, same prompts and noise (↓ lower is better)"
-    )
+    count = evaluation["card"]["n"]
+    table = Table(title=f"{count} images each, same prompts and noise (↓ lower is better)")
     table.add_column("")
     for row in rows:
         table.add_column(row["name"], justify="right")

@@ -63,18 +63,15 @@ def test_dry_run_prints_the_resolved_config(
 
 
 def test_dry_run_checks(tmp_path: Path) -> None:
-    class Recipe(Config):
-        run: RunConfig
-
     (tmp_path / "file").write_text("")
     settings = {"batch_size": 8, "steps": 1, "trackers": ()}
-    fine = Recipe(run=RunConfig(folder=tmp_path / "new" / "run", **settings))
-    assert list(cli._problems(fine, 2)) == []
-    assert "not a multiple" in next(cli._problems(fine, 3))
-    blocked = Recipe(run=RunConfig(folder=tmp_path / "file" / "run", **settings))
-    assert "cannot be written" in next(cli._problems(blocked, 1))
-    missing = fine.run.model_copy(update={"trackers": ("no_such_tracker",)})
-    assert "not installed" in next(cli._problems(Recipe(run=missing), 1))
+    fine = RunConfig(folder=tmp_path / "new" / "run", **settings)
+    assert list(fine.problems(2)) == []
+    assert "not a multiple" in next(fine.problems(3))
+    blocked = RunConfig(folder=tmp_path / "file" / "run", **settings)
+    assert "cannot be written" in next(blocked.problems(1))
+    missing = fine.model_copy(update={"trackers": ("no_such_tracker",)})
+    assert "not installed" in next(missing.problems(1))
 
 
 def test_unknown_recipe_names_the_nearest(

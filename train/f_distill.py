@@ -1,4 +1,4 @@
-"""f-distill: distil a diffusion teacher into a one-step generator (arXiv 2502.15681v1).
+"""f-distill: a diffusion teacher becomes a generator of one or a few steps (arXiv 2502.15681v1).
 
     diffdiv train configs/demo/f_distill.yaml
     accelerate launch train/f_distill.py configs/f_distill/sd.yaml teacher.path=... data.path=...
@@ -6,7 +6,8 @@
 A cycle is ``critic_updates`` updates of the critic (fake score and discriminator), then one of the
 student. The critic's samples of a cycle are made once and reused at fresh times and noise: the
 student does not change in between. They are not the samples of the student's own update: a fake
-score judges badly what it was just fitted to.
+score judges badly what it was just fitted to. Reverse KL with a GAN loss is DMD2
+(arXiv 2405.14867).
 """
 
 from pathlib import Path
@@ -22,17 +23,30 @@ from diffdiv.runtime.launch import run_recipe_file
 class TeacherConfig(Config):
     """The frozen teacher."""
 
-    path: ExistingFolder  # diffusers folder: Stable Diffusion, or UNet2DModel + scheduler
+    path: ExistingFolder  # diffusers folder: a text-to-image pipeline, or UNet2DModel + scheduler
     guidance_scale: float | None = Field(None, ge=1)  # None: no guidance
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of its weights, and of a base that adapters share
+    checkpointing: bool = False  # recompute activations in the backward, in all networks
+
+
+class LoraConfig(Config):
+    """A low-rank adapter on the teacher's frozen network, in place of a full copy."""
+
+    rank: int = Field(64, ge=1)
+    alpha: int = Field(64, ge=1)  # the update is scaled by alpha / rank
+    targets: tuple[str, ...] | None = None  # ends of layer names; None: the family's usual ones
 
 
 class StudentConfig(Config):
-    """The one-step generator, a copy of the teacher at the start."""
+    """The generator, a copy of the teacher (or an adapter on it) at the start."""
 
-    t_init: float = Field(gt=0)  # its only time: index (vp), sigma (edm), 0..1 (flow)
+    t_init: float = Field(gt=0)  # its first time: index (vp), sigma (edm), 0..1 (flow)
+    num_steps: int = Field(1, ge=1, le=8)  # more than one: trained by backward simulation
     input_convention: Literal["unit", "ve"] = "unit"  # network input: z, or sigma z
     lr: float = Field(gt=0)
     ema_half_lives: tuple[Annotated[int, Field(gt=0)], ...] = (1000,)  # images; the first is used
+    lora: LoraConfig | None = None
+    ode_warm_up: int = Field(0, ge=0)  # first updates: regression on 1,024 ODE pairs of the teacher
 
 
 class DivergenceConfig(Config):
@@ -55,7 +69,7 @@ class GanConfig(Config):
     weight: float | None = Field(1e-3, ge=0)  # of the student's GAN loss; None: off
     balance: bool = False  # weight = GAN to VSD gradient norm at x0
     trunk: Literal["teacher", "fake"] = "teacher"  # whose features the heads read
-    blocks: Annotated[tuple[str, ...], Field(min_length=1)] = ("mid_block",)
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: the middle one
     lr: float = Field(1e-4, gt=0)
     r1_gamma: float = Field(0.0, ge=0)
     r1: Literal["exact", "approximate"] = "approximate"
@@ -70,16 +84,20 @@ class GanConfig(Config):
 class DataConfig(Config):
     """Conditions and real samples."""
 
-    kind: Literal["prompted_digits", "digits", "images", "prompts"]
-    path: Path | None = None  # image folder, or prompt file (txt, csv, jsonl, parquet)
+    kind: Literal["prompted_digits", "digits", "images", "prompts", "captions"]
+    path: Path | None = None  # image folder, captioned images, or prompt file
     real: Literal["data", "teacher"] = "data"  # whose samples the discriminator calls real
+    cache: Path | None = None  # folder for text embeddings and latents, computed once
 
     @model_validator(mode="after")
     def _path(self) -> Self:
-        if self.kind in ("images", "prompts") and (self.path is None or not self.path.exists()):
+        files = ("images", "prompts", "captions")
+        if self.kind in files and (self.path is None or not self.path.exists()):
             raise ValueError(f"path {str(self.path)!r} must exist for kind {self.kind!r}")
         if self.kind == "prompts" and self.real == "data":
             raise ValueError("kind 'prompts' has no images: set data.real to 'teacher'")
+        if self.cache is not None and self.kind not in ("prompts", "captions"):
+            raise ValueError(f"cache: there is nothing to cache for kind {self.kind!r}")
         return self
 
 
@@ -91,12 +109,19 @@ class RecipeConfig(Config):
     teacher: TeacherConfig
     student: StudentConfig
     fake_lr: float = Field(gt=0)
+    fake_lora: LoraConfig | None = None
     divergence: DivergenceConfig = DivergenceConfig()
     gan: GanConfig = GanConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     critic_updates: int = Field(5, ge=1)  # per student update (f-distill table 5: 5, 5, 10)
     t_range: tuple[float, float] = (0.02, 0.98)  # quantiles of the student's times (DMD2)
+
+    @model_validator(mode="after")
+    def _bf16_under_autocast(self) -> Self:
+        if self.teacher.dtype == "bf16" and self.run.precision != "bf16":
+            raise ValueError("teacher.dtype 'bf16' needs run.precision 'bf16'")
+        return self
 
     @property
     def needs_ratio(self) -> bool:
@@ -106,84 +131,117 @@ class RecipeConfig(Config):
 
 def main(config: RecipeConfig) -> None:
     """Train; resumes by itself when the run folder holds a valid state."""
-    import copy
     from functools import partial
 
     import torch
 
     from diffdiv.core.divergence import get_divergence
-    from diffdiv.core.noise import normal
+    from diffdiv.core.noise import normal, uniform
     from diffdiv.core.schedule import Noising
+    from diffdiv.models.adapters import trained_copies
     from diffdiv.models.backbones import load_denoiser
     from diffdiv.models.denoiser import guided
     from diffdiv.models.discriminator import heads_for
+    from diffdiv.models.families import middle_block
     from diffdiv.models.generator import Generator
     from diffdiv.objectives import f_distill
+    from diffdiv.objectives.denoising import regression_loss
     from diffdiv.runtime.preview import Preview
     from diffdiv.runtime.run import Run
     from diffdiv.samplers import sample_ode, time_grid
-    from diffdiv.sources import open_source
+    from diffdiv.sources import TeacherSamples, open_source
 
-    # -- networks: the student and the fake score start as copies of the teacher ------------------
+    # -- networks: student and fake score start as the teacher, full copies or adapters on it -----
     run = Run(config.run, main="student", resolved=config.model_dump(mode="json"))
-    seed, gan, pool = config.run.seed, config.gan, run.folder / "teacher_samples.safetensors"
-    base = load_denoiser(config.teacher.path)
+    seed, gan, choice = config.run.seed, config.gan, config.student
+    dtype = torch.bfloat16 if config.teacher.dtype == "bf16" else torch.float32
+    base = load_denoiser(config.teacher.path, dtype=dtype)
     base.net.requires_grad_(False).to(run.device)
     source = open_source(
-        config.data.kind,
-        config.data.path,
-        teacher_path=config.teacher.path,
-        teacher=base,
-        guidance_scale=config.teacher.guidance_scale,
-        teacher_pool=pool if config.data.real == "teacher" else None,
-        seed=seed,
-        device=run.device,
-    )
+        config.data.kind, config.data.path, cache=config.data.cache,
+        teacher_path=config.teacher.path, teacher=base, seed=seed, device=run.device,
+    )  # fmt: skip
     teacher = guided(base, config.teacher.guidance_scale, source.uncond)
-    student_net, fake_net = (copy.deepcopy(base.net).requires_grad_(True) for _ in range(2))
-    options = {"optimizer": config.optimizer}
-    ema = config.student.ema_half_lives
-    student = run.add("student", student_net, lr=config.student.lr, ema_half_lives=ema, **options)
-    fake = base.with_net(run.add("fake", fake_net, lr=config.fake_lr, **options))
+    roles = {"student": choice.lora, "fake": config.fake_lora}
+    nets = trained_copies(base.net, roles, seed=seed, checkpointing=config.teacher.checkpointing)
+    options, ema = {"optimizer": config.optimizer}, choice.ema_half_lives
+    student = run.add("student", nets["student"], lr=choice.lr, ema_half_lives=ema, **options)
+    fake = base.with_net(run.add("fake", nets["fake"], lr=config.fake_lr, **options))
+    blocks = gan.blocks or (middle_block(base.net),)
     disc, critics = None, ["fake"]
     if config.needs_ratio:
         critics.append("disc")
-        heads = heads_for(base, source.shape, source.conditions([0]), gan.blocks, seed=seed)
+        with run.autocast():
+            heads = heads_for(base, source.shape, source.conditions([0]), blocks, seed=seed)
         disc = run.add("disc", heads, lr=gan.lr, **options)
-    t_init, convention = config.student.t_init, config.student.input_convention
-    generator = Generator(base.with_net(student), t_init, convention)
-    critic = f_distill.Critic(teacher, base.with_net(fake_net), disc, gan.blocks, gan.trunk)
+    generator = Generator(
+        base.with_net(student), choice.t_init, choice.input_convention, choice.num_steps
+    )
+    critic = f_distill.Critic(teacher, base.with_net(nets["fake"]), disc, blocks, gan.trunk)
     ratio = f_distill.RatioStatistics(
         get_divergence(config.divergence.name),
         decay=config.divergence.decay,
         clip=config.divergence.clip,
     )
     run.attach("ratio", ratio)
-    beside = partial(sample_ode, teacher, times=time_grid(base.schedule, 20))
-    preview = Preview(run, source, "student", ema[0], generator.with_net, teacher=beside)
+
+    # -- the teacher's own samples: the preview's column, data-free mode, regression warm-up -------
+    @torch.no_grad()
+    def beside(z, cond):
+        with run.autocast():
+            return sample_ode(teacher, z, cond, time_grid(base.schedule, 20))
+
+    file = run.folder / "teacher_samples.safetensors"
+    pool = TeacherSamples(source, beside, file, seed=seed, device=run.device)
+    if config.data.real == "teacher":
+        source = pool.as_data()
+
+    def sampler_with(net):
+        def sample(z, cond):
+            with run.autocast():
+                return generator.with_net(net)(z, cond)
+
+        return sample
+
+    noise_shape = generator.noise_shape(source.shape)
+    preview = Preview(run, source, "student", ema[0], sampler_with, beside, noise_shape)
 
     # -- draws: functions of (seed, purpose, global sample index) --------------------------------
     student_times = base.schedule.between(*config.t_range)
     draw = partial(Noising.draw, shape=source.shape, seed=seed, device=run.device)
 
-    def generate(net, indices):
+    def generate(net, indices, update):
         """Student samples [B, C, H, W] and their conditions."""
         cond = source.conditions(indices).to(run.device)
-        z = normal(source.shape, seed=seed, purpose="z", indices=indices).to(run.device)
+        z = normal(noise_shape, seed=seed, purpose="z", indices=indices).to(run.device)
+        # one step for the whole update, the same on all ranks: backward simulation up to there
+        last = int(uniform(seed=seed, purpose="last", indices=[update])[0] * choice.num_steps)
         with run.autocast():
-            return generator.with_net(net)(z, cond), cond
+            return generator.with_net(net)(z, cond, last=last), cond
 
     run.restore()
     with run:
         preview.show()
+        while run.step < choice.ode_warm_up:
+            with run.turn("student"):
+                for indices in run.micro_batches("student"):
+                    z, x0, cond = pool.pairs(indices)
+                    z = z.repeat(1, choice.num_steps, 1, 1).to(run.device)  # one draw is used
+                    with run.autocast():
+                        guess = generator(z, cond.to(run.device), last=0)
+                    loss = regression_loss(guess, x0.to(run.device))
+                    run.update("student", loss)
+                    run.log({"student/regression": loss.detach()})
+
         while run.step < config.run.steps:
             # even samples are the student's, odd ones the critic's
+            cycle = run.step - choice.ode_warm_up
             with torch.no_grad():
                 samples = [
-                    generate(student_net, [2 * i + 1 for i in indices])
+                    generate(nets["student"], [2 * i + 1 for i in indices], 2 * run.step + 1)
                     for indices in run.micro_batches("student")
                 ]
-            while run.updates["fake"] < (run.step + 1) * config.critic_updates:
+            while run.updates["fake"] < (cycle + 1) * config.critic_updates:
                 with run.turn(*critics):
                     for indices, (x0, cond) in zip(run.micro_batches("fake"), samples, strict=True):
                         at = draw(base.schedule, indices=indices, purpose="critic")
@@ -207,7 +265,7 @@ def main(config: RecipeConfig) -> None:
 
             with run.turn("student"):
                 for indices in run.micro_batches("student"):
-                    x0, cond = generate(student, [2 * i for i in indices])
+                    x0, cond = generate(student, [2 * i for i in indices], 2 * run.step)
                     with run.autocast():
                         loss, metrics = f_distill.student_loss(
                             x0, cond, draw(student_times, indices=indices, purpose="student"),

@@ -17,22 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffdiv.runtime.launch import CheckpointError
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
-    """A state cannot be written, or is damaged, missing or not of this run."""
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem -> tensor name -> tensor
+Values = Mapping[str, object]
 
 
-def save_state(
-    state: Path,
-    *,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    values: Mapping[str, object],
-    facts: Mapping[str, object],
-    keep: int,
-) -> None:
+def save_state(state: Path, *, tensors: Tensors, values: Values, facts: Values, keep: int) -> None:
     """Write one state, verify it, then delete all but the newest ``keep`` states.
 
     Args:
@@ -60,8 +55,9 @@ def save_state(
         verify(state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        reason = f"the state {state.name} was not saved, older states are intact ({error})"
-        raise CheckpointError(reason) from error
+        raise CheckpointError(
+            f"the state {state.name} was not saved, older states are intact ({error})"
+        ) from error
     for old in [*_states(state.parent.parent)[keep:], *state.parent.glob(".damaged-*")]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -72,30 +68,21 @@ def verify(state: Path) -> None:
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
+    name = MANIFEST
     try:
         manifest = json.loads((state / MANIFEST).read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError("its own sha256 differs")
+        if manifest["schema"] != SCHEMA:
+            found = f"{state.name} has schema {manifest['schema']}"
+            raise CheckpointError(f"{found}, this version reads schema {SCHEMA}")
+        for name, wanted in manifest["files"].items():
+            if _fingerprint(state / name) != wanted:
+                raise ValueError("sha256 or size is not that of the manifest")
     except FileNotFoundError:
-        raise CheckpointError(f"{state.name}/{MANIFEST} is missing") from None
+        raise CheckpointError(f"{state.name}/{name} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{state.name}/{MANIFEST} is damaged ({error})") from None
-    if manifest["schema"] != SCHEMA:
-        raise CheckpointError(
-            f"{state.name} has schema {manifest['schema']}, this version reads schema {SCHEMA}"
-        )
-    for name, wanted in manifest["files"].items():
-        try:
-            found = _fingerprint(state / name)
-        except OSError as error:
-            raise CheckpointError(
-                f"{state.name}/{name} cannot be read ({error.strerror})"
-            ) from None
-        if found != wanted:
-            part = "size" if found["size"] != wanted["size"] else "sha256"
-            raise CheckpointError(
-                f"{state.name}/{name} is damaged ({part} {found[part]}, manifest {wanted[part]})"
-            )
+        raise CheckpointError(f"{state.name}/{name} is damaged ({error})") from None
 
 
 def scan(run_folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -132,13 +119,12 @@ def load_weights(run_folder: Path, network: str, ema: int | None = None) -> dict
     state = newest_valid(run_folder)
     if state is None:
         raise CheckpointError(f"{run_folder} holds no valid state")
-    stems = [network] if ema is None else [network, f"{network}.ema-{ema}"]
     weights: dict[str, Tensor] = {}
-    for stem in stems:
+    for stem in [network] if ema is None else [network, f"{network}.ema-{ema}"]:
         if not (state / f"{stem}.safetensors").is_file():
             have = sorted(file.stem for file in state.glob("*.safetensors"))
             raise ValueError(f"{state} has no {stem!r}; it has {', '.join(have)}")
-        weights.update(read_tensors(state, stem))
+        weights |= read_tensors(state, stem)
     return weights
 
 

@@ -4,8 +4,10 @@ All mistakes are reported at once, one line each, with the key, what is allowed 
 name. Nothing heavy is imported here, so a typo costs no waiting.
 """
 
+import importlib.util
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -15,7 +17,7 @@ from diffdiv import resources
 from diffdiv.runtime.explain import explain, leaves
 from diffdiv.runtime.yaml_io import ConfigError, Plain, dump_yaml, parse_yaml, read_yaml, redact
 
-__all__ = ["Config", "ConfigError", "ExistingFile", "ExistingFolder", "OptimizerConfig"]
+__all__ = ["Config", "ConfigError", "ExistingFolder", "OptimizerConfig"]
 __all__ += ["RunConfig", "dump_yaml", "leaves", "load_config", "read_config", "redact"]
 
 
@@ -45,11 +47,21 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of accumulation "
-                f"{self.accumulation}"
-            )
+            parts = f"accumulation {self.accumulation}"
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {parts}")
         return self
+
+    def problems(self, processes: int) -> Iterator[str]:
+        """What would stop a run in so many processes, as far as can be told without torch."""
+        if self.batch_size % (processes * self.accumulation):
+            parts = f"{processes} processes x run.accumulation {self.accumulation}"
+            yield f"run.batch_size {self.batch_size} is not a multiple of {parts}"
+        for name in self.trackers:
+            if importlib.util.find_spec(name) is None:
+                yield f"run.trackers: {name} is not installed (pip install 'diffdiv[{name}]')"
+        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            yield f"run.folder: {self.folder} cannot be written"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -66,20 +78,16 @@ class OptimizerConfig(Config):
 
 
 def _locate(path: Path, kind: Literal["file", "folder"]) -> Path:
-    """``path`` itself, else the bundled copy, as an absolute path; ValueError when neither is."""
-    bundled = resources.find(path)
-    for candidate in (path.expanduser(), bundled):
-        try:
-            if candidate and (candidate.is_file() if kind == "file" else candidate.is_dir()):
-                return candidate.resolve()
-        except (OSError, ValueError):  # a name too long, or with a NUL byte, names nothing
-            continue
+    """``path`` itself, else the bundled copy, as an absolute path; ConfigError when neither is."""
+    is_there = os.path.isfile if kind == "file" else os.path.isdir
+    for candidate in (path.expanduser(), resources.find(path)):
+        if candidate is not None and is_there(candidate):
+            return candidate.resolve()
     where = "it does not exist" if path.is_absolute() else f"looked in {Path.cwd()} and in diffdiv"
-    raise ValueError(f"there is no {kind} {str(path)!r} ({where})")
+    raise ConfigError([f"there is no {kind} {str(path)!r} ({where})"])
 
 
-# Paths that must exist: a relative one is looked up here first, then among the bundled files.
-ExistingFile = Annotated[Path, AfterValidator(lambda path: _locate(path, "file"))]
+# A folder that must exist: a relative path is looked up here, then among the bundled files.
 ExistingFolder = Annotated[Path, AfterValidator(lambda path: _locate(path, "folder"))]
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -103,12 +111,17 @@ def load_config(
     recipe, values = read_config(path)
     if "recipe" in config_class.model_fields:
         values["recipe"] = Path(recipe).stem
-    mistakes = [message for item in overrides for message in _override(values, item)]
+    mistakes: list[str] = []
+    for item in overrides:
+        try:
+            _override(values, item)
+        except ConfigError as error:
+            mistakes.extend(error.messages)
     try:
         # JSON mode: a list is a tuple and text is a path, yet "3" is no number and 1.5 no integer.
         config = config_class.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise ConfigError([*mistakes, *explain(error, values, config_class)]) from None
+        mistakes.extend(explain(error, config_class))
     if mistakes:
         raise ConfigError(mistakes)
     return config
@@ -120,10 +133,7 @@ def read_config(path: str | Path) -> tuple[str, dict[str, Plain]]:
     Raises:
         ConfigError: no such file, not the plain YAML we accept, or no ``recipe``.
     """
-    try:
-        values = read_yaml(_locate(Path(path), "file"))
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError([str(error)]) from None
+    values = read_yaml(_locate(Path(path), "file"))
     name = values.pop("recipe", None)
     if not isinstance(name, str) or not name:
         given = "is missing" if name is None else f"wants a name, got {name!r}"
@@ -131,24 +141,21 @@ def read_config(path: str | Path) -> tuple[str, dict[str, Plain]]:
     return name, values
 
 
-def _override(values: dict[str, Plain], item: str) -> list[str]:
-    """Put one ``key=value`` into ``values``; returns what is wrong with it."""
+def _override(values: dict[str, Plain], item: str) -> None:
+    """Put one ``key=value`` into ``values``; ConfigError if it cannot be."""
     key, equals, text = item.partition("=")
-    *sections, last = key.strip().split(".")
-    if not equals or not all([*sections, last]):
-        return [f"{item!r}: an override is written section.key=value"]
-    if key.strip() == "recipe":
-        return ["recipe: cannot be overridden; copy the config and edit it"]
-    try:
-        value = parse_yaml(text, f"the value of {key.strip()}")
-    except ConfigError as error:
-        return list(error.messages)
+    key = key.strip()
+    *sections, last = key.split(".")
+    if not (equals and last and all(sections)):
+        raise ConfigError([f"{item!r}: an override is written section.key=value"])
+    if key == "recipe":
+        raise ConfigError(["recipe: cannot be overridden; copy the config and edit it"])
+    value = parse_yaml(text, f"the value of {key}")
     if isinstance(value, dict):
-        return [f"{key.strip()}: override one value at a time"]
+        raise ConfigError([f"{key}: override one value at a time"])
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            return [f"{key.strip()}: {section!r} is a value, not a section"]
+            raise ConfigError([f"{key}: {section!r} is a value, not a section"])
         values = inner
     values[last] = value
-    return []

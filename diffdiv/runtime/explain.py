@@ -2,130 +2,89 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from diffdiv.runtime.yaml_io import Plain, redact
+from diffdiv.runtime.yaml_io import redact
+
+# Kind of a pydantic error -> sentence; {given} is the value at fault, {gt} and so on the bound.
+_SENTENCES = {
+    "missing": "is missing, and has no default",
+    "value_error": "{error}",
+    "finite_number": "must be finite, got {given}",
+    "greater_than": "must be more than {gt:.16g}, got {given}",
+    "greater_than_equal": "must be at least {ge:.16g}, got {given}",
+    "less_than": "must be less than {lt:.16g}, got {given}",
+    "less_than_equal": "must be at most {le:.16g}, got {given}",
+    "too_long": "wants at most {max_length} values, got {given}",
+    "too_short": "wants at least {min_length} values, got {given}",
+    "int_type": "wants a whole number, got {given}",
+    "int_from_float": "wants a whole number, got {given}",
+    "float_type": "wants a number, got {given}",
+    "bool_type": "wants true or false, got {given}",
+    "string_type": "wants text, got {given}",
+    "path_type": "wants text, got {given}",
+    "tuple_type": "wants a list, got {given}",
+    "dict_type": "wants a section of keys, got {given}",
+    "model_type": "wants a section of keys, got {given}",
+}
 
 
-def section_classes(annotation: object) -> list[type[BaseModel]]:
-    """The sections a field can hold: model classes inside Optional, Union and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in section_classes(part)]
+def explain(error: ValidationError, config_class: type[BaseModel]) -> list[str]:
+    """One line for each key at fault, in the order found."""
+    details = error.errors(include_url=False)
+    lines = [f"{_key(d['loc'])}: {_sentence(d, config_class)}" for d in details]
+    return list(dict.fromkeys(lines))  # the branches of a union say the same
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    parts = [str(part) if str(part).isprintable() else ascii(part) for part in loc]
+    return ".".join(parts) or "the config"
+
+
+def _sentence(error: ErrorDetails, config_class: type[BaseModel]) -> str:
+    kind, context, given = error["type"], error.get("ctx", {}), _shown(error["input"])
+    if kind == "extra_forbidden":
+        options = leaves(config_class)
+        section = "".join(f"{part}." for part in error["loc"][:-1] if isinstance(part, str))
+        inside = [leaf.removeprefix(section) for leaf in options if leaf.startswith(section)]
+        here = sorted({leaf.partition(".")[0] for leaf in inside})
+        places = {leaf.rpartition(".")[2]: leaf for leaf in options} | {name: name for name in here}
+        guess = nearest(str(error["loc"][-1]), places)
+        return f"unknown key{guess}, allowed here: {', '.join(here)}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        guess = nearest(str(error["input"]), {name: name for name in allowed})
+        return f"{given} is not one of {', '.join(allowed)}{guess}"
+    if kind in _SENTENCES:
+        return _SENTENCES[kind].format(given=given, **context)
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {given}"
+
+
+def nearest(name: str, places: Mapping[str, str]) -> str:
+    """A hint at what resembles ``name`` most, by the key of ``places``; empty if nothing does."""
+    found = difflib.get_close_matches(name.lower(), places, n=1, cutoff=0.55)
+    return f" (did you mean {places[found[0]]!r}?)" if found else ""
 
 
 def leaves(config_class: type[BaseModel]) -> list[str]:
     """Dotted names of all options, sorted; the name of the recipe is none."""
     names: set[str] = set()
     for name, field in config_class.model_fields.items():
-        inner = section_classes(field.annotation)
+        inner = _sections(field.annotation)
         names.update(f"{name}.{leaf}" for part in inner for leaf in leaves(part))
         names.update([] if inner else [name])
     return sorted(names - {"recipe"})
 
 
-def explain(error: ValidationError, values: Plain, config_class: type[BaseModel]) -> list[str]:
-    """One line for each key at fault, in the order found.
-
-    Args:
-        error: what pydantic raised for ``values``.
-        values: the mapping it was given.
-        config_class: the class it was validated against.
-    """
-    lines: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        key, sentence = _sentence(detail, values, config_class)
-        if sentence not in lines.setdefault(key, []):  # the branches of a union repeat a key
-            lines[key].append(sentence)
-    return [f"{key}: {', or '.join(sentences)}" for key, sentences in lines.items()]
-
-
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "path": "a path",
-    "tuple": "a list",
-    "list": "a list",
-    "dict": "a section of keys",
-    "model": "a section of keys",
-    "model_attributes": "a section of keys",
-}
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
-
-
-def _sentence(error: ErrorDetails, values: Plain, config_class: type[BaseModel]) -> tuple[str, str]:
-    """One pydantic error as (dotted key, sentence)."""
-    path, here = _walk(error["loc"], values, config_class)
-    kind, context, given = error["type"], error.get("ctx", {}), _shown(error["input"])
-    if kind == "extra_forbidden":
-        name, allowed = str(error["loc"][-1]), sorted({key for c in here for key in c.model_fields})
-        elsewhere = [leaf for leaf in leaves(config_class) if leaf.split(".")[-1] == name]
-        guess = nearest(name, allowed) or (f"did you mean {elsewhere[0]!r}? " if elsewhere else "")
-        return path, f"unknown key ({guess}allowed here: {', '.join(allowed)})"
-    if kind == "missing":
-        return path, "is missing, and has no default"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-        guess = nearest(str(error["input"]), allowed).strip()
-        return path, f"{given} is not one of {', '.join(allowed)}" + (
-            f" ({guess})" if guess else ""
-        )
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return path, f"must be {words} {context[name]:.16g}, got {given}"
-    if kind == "finite_number":
-        return path, f"must be finite, got {given}"
-    if kind == "value_error":
-        return path, str(context["error"])
-    base = re.sub(r"_(type|parsing|parsing_size|from_float)$", "", kind)
-    if base in _KINDS:
-        return path, f"wants {_KINDS[base]}, got {given}"
-    if kind == "too_long":
-        return path, f"wants at most {context['max_length']} values, got {given}"
-    if kind == "too_short":
-        return path, f"wants at least {context['min_length']} values, got {given}"
-    return path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {given}"
-
-
-def _walk(
-    loc: tuple[int | str, ...], values: Plain, config_class: type[BaseModel]
-) -> tuple[str, list[type[BaseModel]]]:
-    """Dotted key of an error (without pydantic's union tags), and the classes of its section."""
-    here, inside, keys = [config_class], [config_class], []
-    for place, part in enumerate(loc):
-        if isinstance(values, dict) and (part in values or place == len(loc) - 1):
-            here, values = inside, values.get(str(part))
-            fields = [c.model_fields[str(part)] for c in here if str(part) in c.model_fields]
-            inside = [found for field in fields for found in section_classes(field.annotation)]
-        elif isinstance(values, list) and isinstance(part, int):
-            values = values[part] if part < len(values) else None
-        else:
-            continue
-        keys.append(str(part) if str(part).isprintable() else ascii(part))
-    return ".".join(keys) or "the config", here
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """A hint at the allowed name that resembles ``name``, as a whole or in one of its words."""
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        words = [candidate, *candidate.split("_")]
-        ratios = [difflib.SequenceMatcher(None, name.lower(), word).ratio() for word in words]
-        return max(ratios), ratios[0]
-
-    best = max(allowed, key=likeness, default="")
-    return f"did you mean {best!r}? " if best and likeness(best)[0] > 0.55 else ""
+def _sections(annotation: object) -> list[type[BaseModel]]:
+    """The sections a field can hold: model classes inside Optional, Union and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _sections(part)]
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from diffdiv.core.tensor import sum_over_ranks
 from diffdiv.runtime.machine import memory_mib
+from diffdiv.runtime.yaml_io import replace_text
 
 HEARTBEAT_SECONDS = 5.0
 
@@ -32,13 +32,13 @@ class Journal:
         self.seconds = 0.0  # of training before ``start``
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
-        self._started = self._line_time = time.monotonic()
-        self._line_step = 0
         self._beaten = -math.inf
         self._console = Console(stderr=True, quiet=rank > 0)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, TextColumn("{task.description}"), console=self._console)
         self._task = self.bar.add_task("", total=steps)
+        self._line_step = 0
+        self._started = self._line_time = time.monotonic()
 
     def start(self, step: int) -> None:
         """Start the clock and, on a terminal, the bar."""
@@ -81,6 +81,7 @@ class Journal:
         (names, pending), now = self.pending(), time.monotonic()
         totals = sum_over_ranks(pending.to(self.device)).tolist()
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
+        finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         rate = (step - self._line_step) * batch_size / max(now - self._line_time, 1e-9)
         self._sums, self._counts, self._line_time, self._line_step = {}, {}, now, step
         memory = memory_mib(self.device)
@@ -88,8 +89,7 @@ class Journal:
             key: step,
             "images_seen": step * batch_size,
             "seconds": round(self.elapsed(), 3),
-            # JSON has neither NaN nor infinities
-            **{name: mean if math.isfinite(mean) else None for name, mean in means.items()},
+            **{name: finite.get(name) for name in names},  # JSON has neither NaN nor infinities
             "images_per_second": round(rate, 3),
             "memory": round(memory, 1),
         }
@@ -99,7 +99,7 @@ class Journal:
             self.bar.update(self._task, completed=step, description=text)
             if not self._console.is_terminal:
                 self._console.print(f"{key} {step}/{self.bar.tasks[0].total}, {text}")
-        return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        return finite
 
     def event(self, kind: str, message: str) -> None:
         """Append a line to ``events.jsonl``, from whichever rank calls."""
@@ -116,37 +116,25 @@ class Journal:
             self._beaten = now
             (self.folder / "heartbeats").mkdir(exist_ok=True)
             sign = json.dumps({"time": time.time(), "phase": phase})
-            (self.folder / "heartbeats" / f"rank-{self.rank}.json").write_text(sign)
+            replace_text(self.folder / "heartbeats" / f"rank-{self.rank}.json", sign)
 
     def other_ranks(self) -> list[str]:
         """When and where each other rank gave its last sign of life."""
-        signs = {
-            path.stem: json.loads(path.read_text() or "{}")
-            for path in sorted((self.folder / "heartbeats").glob("rank-*.json"))
-            if path.stem != f"rank-{self.rank}"
-        }
-        return [
-            f"{name} was last seen {time.time() - sign['time']:.0f} s ago in {sign['phase']}"
-            for name, sign in signs.items()
-            if sign
-        ]
+        signs = []
+        for path in sorted((self.folder / "heartbeats").glob("rank-*.json")):
+            if path.stem != f"rank-{self.rank}":
+                sign = json.loads(path.read_bytes())
+                ago = f"{time.time() - sign['time']:.0f} s ago"
+                signs.append(f"{path.stem} was last seen {ago} in {sign['phase']}")
+        return signs
 
     def forget_after(self, key: str, step: int) -> None:
         """Drop the lines of metrics behind ``step``, and a torn one, before training resumes."""
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)[key] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            kept.append(line)
-        staging = path.with_name(f".{path.name}-{os.getpid()}")
-        staging.write_text("".join(kept), encoding="utf-8")
-        os.replace(staging, path)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]
+            replace_text(path, "".join(line for line in whole if json.loads(line)[key] <= step))
 
     def _append(self, file: str, line: Mapping[str, object]) -> None:
         with (self.folder / file).open("a", encoding="utf-8") as stream:

@@ -6,15 +6,23 @@ Nothing heavy is imported at the top: a wrong configuration is told before torch
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from diffdiv.resources import resource
-from diffdiv.runtime.config import Config, ConfigError, load_config
+from diffdiv.runtime.yaml_io import ConfigError, redact
+
+if TYPE_CHECKING:
+    from diffdiv.runtime.config import Config
 
 INTERRUPTED = 75  # exit status of a run that was stopped by a signal and saved its state
+
+
+class CheckpointError(RuntimeError):
+    """A state cannot be written, or is damaged, missing or not of this run."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,8 @@ class Recipe:
 
     name: str
     path: Path
-    config_class: type[Config]
-    main: Callable[[Config], None]
+    config_class: "type[Config]"
+    main: "Callable[[Config], None]"
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -34,6 +42,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         FileNotFoundError: if there is no such recipe.
         TypeError: if the file lacks ``RecipeConfig`` or ``main``.
     """
+    from diffdiv.runtime.config import Config
+
     path = Path(name_or_path)
     path = path.resolve() if path.suffix == ".py" else resource(f"train/{name_or_path}.py")
     if not path.is_file():
@@ -45,8 +55,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
-    found = vars(module)
-    config_class, main = found.get("RecipeConfig"), found.get("main")
+    config_class, main = vars(module).get("RecipeConfig"), vars(module).get("main")
     if not (isinstance(config_class, type) and issubclass(config_class, Config) and callable(main)):
         raise TypeError(f"{path} must define `class RecipeConfig(Config)` and `def main(config)`")
     return Recipe(name=path.stem, path=path, config_class=config_class, main=main)
@@ -60,36 +69,43 @@ def run_recipe_file(path: str | Path, argv: Sequence[str] | None = None) -> None
         argv: CONFIG key=value ...; the command line's by default.
 
     Raises:
-        SystemExit: 2 for a wrong configuration, 1 for a run that failed in a known way, each with
-            a message and no traceback; 75 for an interrupted run that saved its state.
+        SystemExit: as in :func:`failures_as_sentences`; 75 for an interrupted run that saved its
+            state.
     """
-    recipe, argv = load_recipe(path), sys.argv[1:] if argv is None else argv
-    if not argv:
-        _leave(2, f"usage: {recipe.path.name} CONFIG [key=value ...]")
-    try:
-        config = load_config(argv[0], argv[1:], recipe.config_class)
-    except ConfigError as error:
-        _leave(2, str(error))
-    from diffdiv.runtime.checkpoint import CheckpointError
+    from diffdiv.runtime.config import load_config
 
-    try:
-        recipe.main(config)
-    except (FloatingPointError, CheckpointError) as error:
-        _leave(1, f"{type(error).__name__}: {error}")
+    recipe, argv = load_recipe(path), sys.argv[1:] if argv is None else argv
+    with failures_as_sentences():
+        if not argv:
+            raise ConfigError([f"usage: {recipe.path.name} CONFIG [key=value ...]"])
+        recipe.main(load_config(argv[0], argv[1:], recipe.config_class))
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def launch(recipe_path: str | Path, argv: Sequence[str], processes: int) -> int:
-    """Run a recipe in this process (1) or in several on this machine; returns the exit status.
+@contextmanager
+def failures_as_sentences() -> Iterator[None]:
+    """Turn expected failures into a message on stderr: a bug keeps its traceback.
 
-    Raises:
-        ValueError: if ``processes`` is not positive.
+    Exit status 2: a mistake in the configuration; 1: a failure at work. Set DIFFDIV_TRACEBACK=1 to
+    see where a failure came from.
     """
-    if processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {processes}")
+    try:
+        yield
+    except (OSError, ValueError, FloatingPointError, CheckpointError) as error:
+        if os.environ.get("DIFFDIV_TRACEBACK"):
+            raise
+        status, messages = 1, [redact(str(error)) or type(error).__name__]
+        if isinstance(error, ConfigError):
+            status, messages = 2, list(error.messages)
+        sys.stderr.writelines(f"error: {message}\n" for message in messages)
+        raise SystemExit(status) from None
+
+
+def launch(recipe_path: str | Path, argv: Sequence[str], processes: int) -> int:
+    """Run a recipe in this process (1) or in several on this machine; returns the exit status."""
     if processes == 1:
         try:
             run_recipe_file(recipe_path, argv)
@@ -102,14 +118,9 @@ def launch(recipe_path: str | Path, argv: Sequence[str], processes: int) -> int:
 
     # Of one machine's threads every process gets its share, unless the user has decided.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    run_id, endpoint = f"diffdiv-{os.getpid()}", "localhost:0"  # port 0: a free one
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"diffdiv-{os.getpid()}",
-        max_restarts=0,
+        1, 1, processes, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint=endpoint, max_restarts=0
     )
     try:
         elastic_launch(config, sys.executable)(str(recipe_path), *argv)
@@ -120,8 +131,3 @@ def launch(recipe_path: str | Path, argv: Sequence[str], processes: int) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
     return 0
-
-
-def _leave(status: int, message: str) -> NoReturn:
-    sys.stderr.write(f"{message}\n")
-    raise SystemExit(status)

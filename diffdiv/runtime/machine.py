@@ -1,8 +1,7 @@
 """What a run asks of the machine: processes and a device, versions, memory."""
 
 import datetime
-import importlib.util
-import os
+import platform
 import resource
 import sys
 
@@ -12,6 +11,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 
 from diffdiv.runtime.config import RunConfig
@@ -25,36 +25,30 @@ def make_accelerator(config: RunConfig, *, timeout_seconds: float) -> accelerate
 
     Raises:
         ValueError: if the device is missing or the distribution is not data parallelism.
-        ImportError: if a tracker is not installed.
     """
-    for tracker in config.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise ImportError(f"run.trackers: {tracker} is missing, `pip install {tracker}`")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: 'cuda' was asked for, but torch finds no CUDA device")
     for name in REFUSED:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"several networks that take turns cannot train under {name}; "
                 "choose plain multi-GPU or multi-CPU in `accelerate config`"
             )
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout_seconds))
     return accelerate.Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",  # prepare_model would wrap forward and cast its outputs
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.folder), f"{config.folder}/trackers"),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout_seconds)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
+        kwargs_handlers=[timeout, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 
 def versions() -> dict[str, object]:
     """Where bitwise resuming is promised: the same versions and the same number of threads."""
-    found = {"torch": torch.__version__, "accelerate": accelerate.__version__}
-    python = sys.version.split()[0]
-    return {"versions": {"python": python, **found}, "threads": torch.get_num_threads()}
+    names = {"python": platform.python_version(), "torch": torch.__version__}
+    names["accelerate"] = accelerate.__version__
+    return {"versions": names, "threads": torch.get_num_threads()}
 
 
 def memory_mib(device: torch.device) -> float:

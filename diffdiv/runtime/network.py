@@ -44,14 +44,12 @@ class Network:
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.name, self.module, self.trained = name, module, trained
-        self.lr, self.config, self.scaler = lr, config, scaler
+        self.lr, self.config = lr, config
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)  # one that does nothing
         self.parameters = {k: v for k, v in module.named_parameters() if v.requires_grad}
+        decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+            self.parameters.values(), lr, config.betas, weight_decay=decay, fused=True
         )
         self.ema = {half: EMA(self.parameters, half_life=half) for half in ema_half_lives}
         self.updates = 0
@@ -61,13 +59,11 @@ class Network:
     def backward(self, loss: Tensor, *, share: int) -> None:
         """Add the gradient of ``loss / share``."""
         self._losses_finite.append(torch.isfinite(loss.detach()).all())
-        loss = loss / share
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss / share).backward()
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradient, which backward has averaged over ranks."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         grads = [value.grad for value in self.parameters.values() if value.grad is not None]
         if not grads:
             raise ValueError(f"the loss given to update({self.name!r}) reaches none of its weights")
@@ -110,7 +106,7 @@ class Network:
 
     def values(self) -> dict[str, object]:
         """Counters to save as JSON."""
-        scaler = None if self.scaler is None else self.scaler.state_dict()
+        scaler = self.scaler.state_dict()
         return {"updates": self.updates, "skips": self.skips, "scaler": scaler}
 
     def load(self, state: Path) -> None:
@@ -124,6 +120,5 @@ class Network:
             name, _, key = full_key.rpartition("|")
             parameter = self.parameters[name]
             self.optimizer.state[parameter][key] = value.to(parameter.device)
-        if self.scaler is not None:
-            self.scaler.load_state_dict(saved["scaler"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.updates, self.skips = saved["updates"], saved["skips"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather  # type: ignore[import-untyped]  # ships no types
 from torch import Tensor
 
 from diffdiv.core.tensor import sum_over_ranks
@@ -55,29 +56,6 @@ def check_config(saved: Mapping[str, object], resolved: Mapping[str, object]) ->
         raise CheckpointError(f"the run was begun with another configuration: {', '.join(pairs)}")
 
 
-def gather_ranks(
-    pending: Tensor, rank: int, world_size: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Random states and unwritten metrics of all ranks, [world_size, ...] each; a collective."""
-    mine = {"cpu": torch.get_rng_state(), "metrics": pending}
-    if device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(device)
-    gathered = {}
-    for key, value in mine.items():
-        rows = torch.zeros(world_size, *value.shape, dtype=value.dtype)
-        rows[rank] = value
-        gathered[key] = sum_over_ranks(rows.to(device))
-    return gathered
-
-
-def restore_rng(ranks: Mapping[str, Tensor], *, rank: int, device: torch.device) -> None:
-    """Continue the random numbers of this rank, where :func:`gather_ranks` found them."""
-    # torch 2.15 reads the memory of a state from its start, so a row must be a copy
-    torch.set_rng_state(ranks["cpu"][rank].clone())
-    if "cuda" in ranks and device.type == "cuda":
-        torch.cuda.set_rng_state(ranks["cuda"][rank].clone(), device)
-
-
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mapping as one with dotted keys."""
     flat: dict[str, object] = {}
@@ -87,3 +65,20 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def gather_ranks(pending: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Random states and unwritten metrics of all ranks, [world_size, ...] each; a collective."""
+    mine = {"cpu": torch.get_rng_state(), "metrics": pending}
+    if device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(device)
+    gathered: dict[str, Tensor] = gather({key: v[None].to(device) for key, v in mine.items()})
+    return gathered
+
+
+def restore_rng(ranks: Mapping[str, Tensor], *, rank: int, device: torch.device) -> None:
+    """Continue the random numbers of this rank, where :func:`gather_ranks` found them."""
+    # torch 2.15 reads the memory of a state from its start, so a row must be a copy
+    torch.set_rng_state(ranks["cpu"][rank].clone())
+    if "cuda" in ranks and device.type == "cuda":
+        torch.cuda.set_rng_state(ranks["cuda"][rank].clone(), device)

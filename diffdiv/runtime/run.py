@@ -27,7 +27,6 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from diffdiv.runtime import resume
 from diffdiv.runtime.checkpoint import CheckpointError, read_tensors, remove_leftovers, save_state
@@ -60,9 +59,8 @@ class Run:
         timeout_seconds: how long a process waits for the others before it gives up.
 
     Raises:
-        ValueError: if the batch does not divide among processes and micro-batches, the device or
-            the kind of distribution cannot be had.
-        ImportError: if a tracker is not installed.
+        ValueError: if the batch does not divide among processes and micro-batches, or a tracker,
+            the device, the folder or the kind of distribution cannot be had.
     """
 
     def __init__(
@@ -79,11 +77,8 @@ class Run:
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
         self.is_main = self.rank == 0
-        if config.batch_size % (self.world_size * config.accumulation):
-            raise ValueError(
-                f"run.batch_size {config.batch_size} does not divide among {self.world_size} "
-                f"processes x run.accumulation {config.accumulation} micro-batches"
-            )
+        for problem in config.problems(self.world_size):
+            raise ValueError(problem)
         torch.manual_seed(config.seed)
         self.networks: dict[str, Network] = {}
         self.phase = "setting up"
@@ -99,8 +94,6 @@ class Run:
         self._restored = not any((self.folder / "state").glob("step-*"))
         if self.is_main:
             remove_leftovers(self.folder)
-            if self._restored:
-                dump_yaml(self._resolved, self.folder / "config.yaml")
 
     def add(
         self,
@@ -126,18 +119,19 @@ class Run:
         if name in self.networks or not any(p.requires_grad for p in net.parameters()):
             raise ValueError(f"network {name!r} was already added, or has nothing to train")
         net.to(self.device)
-        fp16 = self.config.precision == "fp16"
+        # Wrapped while exactly the trained parameters require gradients: DDP never synchronises
+        # those that were frozen when it was built.
+        trained = self._accelerator.prepare_model(net)
+        # One scaler each: an overflow of one network must not change the scale of another.
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self.networks[name] = Network(
             name,
             net,
-            # Wrapped while exactly the trained parameters require gradients: DDP never
-            # synchronises those that were frozen when it was built.
-            trained=self._accelerator.prepare_model(net),
+            trained=trained,
             lr=lr,
             config=optimizer,
             ema_half_lives=ema_half_lives,
-            # One each: an overflow of one network must not change the scale of another.
-            scaler=torch.amp.GradScaler(self.device.type) if fp16 else None,
+            scaler=scaler,
         )
         return self.networks[name].trained
 
@@ -203,23 +197,21 @@ class Run:
         Update ``k`` sees the samples ``k * batch_size + 0 ... batch_size - 1``, however many
         processes and micro-batches share them.
         """
-        count = self.config.accumulation
+        count, net = self.config.accumulation, self.networks[name]
         size = self.config.batch_size // (count * self.world_size)
-        update = self.networks[name].updates
+        first = net.updates * self.config.batch_size + self.rank * size
         wrappers = [self.networks[other].trained for other in self._turn]
+        self.phase = f"{name} update {net.updates}, {self.main}_step {self.step}"
         try:
             for micro in range(count):
                 self._micro = (micro, count)
-                self.phase = f"{name} update {update}, {self.main}_step {self.step}"
                 if self.world_size > 1:
                     self._journal.beat(self.phase)
                 with ExitStack() as stack:
                     for wrapper in wrappers if micro + 1 < count else ():
-                        if isinstance(wrapper, DistributedDataParallel):
-                            stack.enter_context(wrapper.no_sync())
-                    rows = (micro * self.world_size + self.rank) * size
-                    first = update * self.config.batch_size + rows
-                    yield list(range(first, first + size))
+                        stack.enter_context(self._accelerator.no_sync(wrapper))
+                    start = first + micro * self.world_size * size
+                    yield list(range(start, start + size))
         finally:
             self._micro = None
 
@@ -250,8 +242,7 @@ class Run:
             self.log({f"grad_norm/{name}": norm, f"lr/{name}": lr})
         else:
             self._skip(net, reason)
-        if net.scaler is not None:
-            net.scaler.update()
+        net.scaler.update()
         net.updates += 1
 
     def _skip(self, net: Network, reason: str) -> None:
@@ -259,7 +250,7 @@ class Run:
         net.skips += 1
         message = f"{net.name} update {net.updates}, {self.main}_step {self.step}: {reason}"
         # In fp16 an overflow is how the scaler finds its scale.
-        allowed = self.config.non_finite == "skip" or net.scaler is not None
+        allowed = self.config.non_finite == "skip" or net.scaler.is_enabled()
         if not allowed or net.skips >= SKIPS_IN_A_ROW:
             last = json.dumps(self._journal.last_line)
             raise FloatingPointError(f"{message} ({net.skips} in a row; last metrics: {last})")
@@ -302,12 +293,12 @@ class Run:
         name = f"step-{self.step:08d}" + (f"-u{total:08d}" if total > self._boundary else "")
         nets, attached = self.networks.values(), self._attached
         names, pending = self._journal.pending()
-        ranks = resume.gather_ranks(pending, self.rank, self.world_size, self.device)
         tensors: dict[str, Mapping[str, Tensor]] = {
-            "ranks": ranks,
+            "ranks": resume.gather_ranks(pending, self.device),
             **{f"attached.{key}": owner.state_dict() for key, owner in attached.items()},
-            **{stem: group for net in nets for stem, group in net.tensors().items()},
         }
+        for net in nets:
+            tensors |= net.tensors()
         values = {
             "config": self._resolved,
             "networks": {net.name: net.values() for net in nets},
@@ -316,10 +307,9 @@ class Run:
             "metrics": names,
             "seconds": self._journal.elapsed(),
         }
-        failure: CheckpointError | None = None
-        path = self.folder / "state" / name
+        facts = {"step": self.step, "world_size": self.world_size, **versions()}
+        path, failure = self.folder / "state" / name, None
         if self.is_main and not path.exists():
-            facts = {"step": self.step, "world_size": self.world_size, **versions()}
             keep = self.config.keep_states
             try:
                 save_state(path, tensors=tensors, values=values, facts=facts, keep=keep)
@@ -345,9 +335,6 @@ class Run:
         if state is not None:
             self._load(state)
             self.event("resume", f"from {state.name}")
-        if self.is_main:
-            self._journal.forget_after(f"{self.main}_step", self.step)
-            dump_yaml(self._resolved, self.folder / "config.yaml")
         self._restored = True
         return state is not None
 
@@ -363,16 +350,19 @@ class Run:
             owner.load_state_dict(read_tensors(state, f"attached.{key}"))
         self._boundary, self._journal.seconds = saved["boundary"], saved["seconds"]
         ranks = read_tensors(state, "ranks")
-        if len(ranks["cpu"]) == self.world_size:
+        if (before := len(ranks["cpu"])) == self.world_size:
             resume.restore_rng(ranks, rank=self.rank, device=self.device)
             self._journal.load(saved["metrics"], ranks["metrics"][self.rank])
         else:
-            message = f"saved by {len(ranks['cpu'])} processes, continued by {self.world_size}"
+            message = f"saved by {before} processes, continued by {self.world_size}"
             self.event("warning", f"{message}: equal only up to rounding")
 
     def __enter__(self) -> Self:
         if not self._restored:
             raise CheckpointError(f"{self.folder} holds states: call restore(), or choose another")
+        if self.is_main:
+            self._journal.forget_after(f"{self.main}_step", self.step)
+            dump_yaml(self._resolved, self.folder / "config.yaml")
         if self.config.trackers:
             self._accelerator.init_trackers("diffdiv")
             for tracker in self._accelerator.trackers:
@@ -395,12 +385,11 @@ class Run:
     def _report(self, error: Exception) -> None:
         """Say which rank failed where; leave at once if the other ranks cannot know of it."""
         where = f"rank {self.rank} of {self.world_size} in {self.phase}"
-        message = f"{where}: {type(error).__name__}: {error}"
-        message = "; ".join([message, *self._journal.other_ranks()])
+        others = self._journal.other_ranks()
+        message = "; ".join([f"{where}: {type(error).__name__}: {error}", *others])
         with suppress(OSError):  # a full disk must not hide what went wrong
             self._journal.event("error", message)
         if self.world_size > 1 and not isinstance(error, FloatingPointError | CheckpointError):
             traceback.print_exception(error)
-            sys.stderr.write(f"{message}\n")
-            sys.stderr.flush()
+            sys.stderr.write(f"{message}\n")  # flushed line by line
             os._exit(1)  # closing a process group whose other ranks wait elsewhere may hang

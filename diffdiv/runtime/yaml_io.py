@@ -25,23 +25,20 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.messages))
 
 
-_NULL, _BOOL = re.compile(r"~|null|Null|NULL|"), re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?\.(inf|nan)")
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
-_SECRETS = (
-    (re.compile(r"\b(hf_|sk-|ghp_|github_pat_|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}"), "***"),
-    (re.compile(r"\b[0-9a-fA-F]{40}\b"), "***"),
-    (re.compile(r"(://)[^/\s@]+@"), r"\1***@"),
-    (re.compile(r"(?i)\b((?:\w+_)?(?:token|secret|password|api_?key)\s*[=:]\s*)\S+"), r"\1***"),
+_SECRET = re.compile(
+    r"\b(?:hf_|sk-|ghp_|github_pat_|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}"
+    r"|\b[0-9a-fA-F]{40}\b"
+    r"|(://)[^/\s@]+(?=@)"
+    r"|((?i:\b(?:\w+_)?(?:token|secret|password|api_?key)\s*[=:]\s*))\S+"
 )
 
 
 def redact(text: str) -> str:
     """``text`` with access tokens, keys and credentials in URLs replaced by ``***``."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
+    return _SECRET.sub(r"\1\2***", text)
 
 
 def read_yaml(path: Path) -> dict[str, Plain]:
@@ -51,8 +48,7 @@ def read_yaml(path: Path) -> dict[str, Plain]:
         ConfigError: unreadable, too large, not a mapping, or outside the accepted subset.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
+        if (size := path.stat().st_size) > MAX_BYTES:
             raise ConfigError([f"{path}: {size:,} bytes; a config has at most {MAX_BYTES:,}"])
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,57 +85,53 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor:
-            raise _refused("anchors and aliases (& and *) are not accepted", event.start_mark)
+            raise _refused("anchors and aliases (& and *) are not accepted", event)
         if event.tag is not None:
-            raise _refused(f"tags ({event.tag}) are not accepted", event.start_mark)
+            raise _refused(f"tags ({event.tag}) are not accepted", event)
         if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-            raise _refused("half a character (a lone surrogate)", event.start_mark)
+            raise _refused("half a character (a lone surrogate)", event)
         if self.depth > MAX_DEPTH:
-            raise _refused(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+            raise _refused(f"nested deeper than {MAX_DEPTH} levels", event)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
-def _refused(problem: str, mark: object) -> yaml.MarkedYAMLError:
-    assert mark is None or isinstance(mark, yaml.Mark)
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+def _refused(problem: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    assert isinstance(where.start_mark, yaml.Mark)
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
 def _plain(node: yaml.Node) -> Plain:
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.ScalarNode):
-        return node.value if node.style in ("'", '"', "|", ">") else _scalar(node)
+        return node.value if node.style else _scalar(node)  # quoted or block text has a style
     mapping: dict[str, Plain] = {}
-    for key_node, value_node in node.value:
-        key = key_node.value
-        if not isinstance(key, str):
-            raise _refused("a key must be text", key_node.start_mark)
-        if key in mapping:
-            raise _refused(f"duplicate key {key!r}", key_node.start_mark)
-        mapping[key] = _plain(value_node)
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _refused("a key must be text", key)
+        if key.value in mapping:
+            raise _refused(f"duplicate key {key.value!r}", key)
+        mapping[key.value] = _plain(value)
     return mapping
 
 
 def _scalar(node: yaml.ScalarNode) -> Plain:
-    text = node.value
-    if _NULL.fullmatch(text):
-        return None
-    if _BOOL.fullmatch(text):
-        return text.lower() == "true"
-    if _FLOAT.fullmatch(text):
-        if len(text) > 400:
-            raise _refused("a number of more than 400 digits", node.start_mark)
-        if _INT.fullmatch(text):
-            return int(text)
-        number = float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
-        # 1e5 is written for a count as often as for a real number; both accept an integer.
-        return (
-            int(number) if "." not in text and abs(number) < 2**53 and number % 1 == 0 else number
-        )
-    return text
+    text = node.value.lower()
+    if text in _WORDS:
+        return _WORDS[text]
+    if not _NUMBER.fullmatch(text):
+        return node.value
+    if len(text) > 400:
+        raise _refused("a number of more than 400 digits", node)
+    if text.lstrip("+-").isdigit():
+        return int(text)
+    number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    # 1e5 is written for a count as often as for a real number; both accept an integer.
+    is_count = "." not in text and number.is_integer() and abs(number) < 2**53
+    return int(number) if is_count else number
 
 
 class _Dumper(yaml.SafeDumper):
@@ -148,33 +140,38 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def quoted_if_needed(self, text: str) -> yaml.ScalarNode:
+        ambiguous = text.lower() in _WORDS or _NUMBER.fullmatch(text.lower())
+        style = "'" if ambiguous else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-def _quoted_if_needed(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    ambiguous = any(p.fullmatch(text) for p in (_NULL, _BOOL, _FLOAT))
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if ambiguous else None)
 
-
-_Dumper.add_representer(str, _quoted_if_needed)
+_Dumper.add_representer(str, _Dumper.quoted_if_needed)
 
 
 def to_yaml(mapping: Mapping[str, object]) -> str:
-    """A mapping of plain values and paths as YAML, in its order, without secrets."""
+    """A mapping of plain values as YAML, in its order, without secrets."""
     plain = _redacted(mapping)
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def dump_yaml(mapping: Mapping[str, object], path: Path) -> None:
     """Write `to_yaml` of ``mapping``; an existing file is replaced in one move."""
+    replace_text(path, to_yaml(mapping))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, in one move if it exists."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(to_yaml(mapping), encoding="utf-8")
-    os.replace(staged, path)
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def _redacted(value: object, key: str = "") -> object:
     if isinstance(value, Mapping):
-        return {str(name): _redacted(inner, str(name)) for name, inner in value.items()}
+        return {name: _redacted(inner, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_redacted(item, key) for item in value]
     if isinstance(value, str):
         return "***" if _SECRET_KEY.search(key) and value else redact(value)
-    return str(value) if isinstance(value, Path) else value
+    return value

@@ -51,7 +51,7 @@ BROKEN: dict[str, tuple[str, str, list[str], list[str]]] = {
     "key_elsewhere": ("fake_lr", "batch_size: 4\nfake_lr", [], ["did you mean 'run.batch_size'?"]),
     "override_typo": ("", "", ["run.bacth_size=4"], ["run.bacth_size", "'batch_size'"]),
     "override_new_section": ("", "", ["gann.weight=1"], ["gann: unknown key", "'gan'"]),
-    "allowed_keys_listed": ("kind:", "knd:", [], ["allowed here: kind, path, real"]),
+    "allowed_keys_listed": ("kind:", "knd:", [], ["allowed here: cache, kind, path, real"]),
     # choices
     "divergence_typo": (
         "jensen_shannon",
