@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from diffdiv.resources import resource
+from diffdiv.resources import find, resource
 from diffdiv.runtime.config import Config, ConfigError, load_config, read_config
 from diffdiv.runtime.explain import nearest
 from diffdiv.runtime.launch import Recipe, load_recipe
@@ -116,14 +116,15 @@ def plan_config(
     given = [item.partition("=")[2] for item in overrides if item.startswith("teacher.path=")]
     teacher = values.get("teacher")
     written = teacher.get("path") if isinstance(teacher, dict) else None
-    path = Path(str(given[-1] if given else written))
+    asked_path = Path(str(given[-1] if given else written))
+    path = asked_path if asked_path.is_dir() else find(asked_path) or asked_path
     with TemporaryDirectory() as absent:  # stands for weights and data that are not there yet
         items = [*overrides, f"data.path={absent}"]
         items += [] if path.is_dir() else [f"teacher.path={absent}"]
         asked = prepare(config, items)[1].model_dump(mode="json")
     if path.is_dir():
         architecture = read_architecture(path)
-    elif like in ARCHITECTURES:
+    elif like is not None and like in ARCHITECTURES:
         architecture = ARCHITECTURES[like]
     else:
         known = ", ".join(ARCHITECTURES)

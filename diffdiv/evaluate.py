@@ -26,10 +26,10 @@ from diffdiv.models.denoiser import Condition, GuidedDenoiser
 from diffdiv.resources import resource
 from diffdiv.runtime.student import OpenedRun, open_run
 from diffdiv.samplers import sample_ode, time_grid
-from diffdiv.sources import Source
+from diffdiv.sources import Sampler, Source
 
-Sampler = Callable[[Tensor, Condition], Tensor]
 REFERENCE_SIZE = 6000
+_SOLVERS = {"vp": "DDIM", "edm": "Heun", "flow": "Euler"}
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,9 @@ def images_exam(source: Source, num: int, inception: Path | None) -> Exam:
     if inception is None:
         raise ValueError("image folders are marked by FID: give the weights with --inception FILE")
 
-    def rgb(images: Tensor) -> Tensor:
-        return images.expand(-1, 3, -1, -1)
-
     def mark(images: Tensor) -> dict[str, float]:
         real = (source.real_on(torch.device("cpu"), [i])[0] for i in range(num))
-        return image_metrics(map(rgb, real), rgb(images).split(50), inception=inception)
+        return image_metrics(real, images.split(50), inception=inception)
 
     return Exam(source.conditions, mark, "Inception (FID weights)", inception)
 
@@ -145,41 +142,29 @@ def evaluate_path(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_run(path, device)
+    source, shape = opened.source, opened.generator.noise_shape(opened.source.shape)
     exam = _exam(opened, num, inception, clip)
-    schedule = opened.base.schedule
-    heun = schedule.family == "edm"
-    steps = 18 if heun else 20
-    guidance, branches = "", 1
-    if isinstance(opened.teacher, GuidedDenoiser):
-        guidance, branches = f", guidance {opened.teacher.scale:g}", 2
 
-    def mark(name: str, network_evaluations: int, sampler: Sampler) -> Row:
+    @torch.no_grad()
+    def images(sampler: Sampler) -> Tensor:
         parts = []
         for start in range(0, num, 100):
             indices = range(start, min(start + 100, num))
-            z = normal(opened.source.shape, seed=seed, purpose="evaluation", indices=indices)
-            with torch.no_grad():
-                x0 = sampler(z.to(device), exam.conditions(indices).to(device))
-            parts.append(opened.source.decode(x0))
-        metrics = exam.mark(torch.cat(parts))
-        return {"name": name, "network_evaluations": network_evaluations, "metrics": metrics}
+            z = normal(shape, seed=seed, purpose="evaluation", indices=indices)
+            x0 = sampler(z.to(device), exam.conditions(indices).to(device))
+            parts.append(source.decode(x0))
+        return torch.cat(parts)
 
-    rows = [
-        mark(
-            f"teacher, {steps} {'Heun' if heun else 'DDIM'} steps{guidance}",
-            (2 * steps - 1 if heun else steps) * branches,
-            partial(sample_ode, opened.teacher, times=time_grid(schedule, steps), heun=heun),
-        ),
-        mark("teacher's weights, 1 step", 1, opened.generator.with_net(opened.base.net)),
-        mark("student, 1 step", 1, opened.generator),
+    rows: list[Row] = [
+        {"name": name, "network_evaluations": calls, "metrics": exam.mark(images(sampler))}
+        for name, calls, sampler in _samplers(opened)
     ]
-    command = ["diffdiv", "evaluate", path.name, "--num", str(num), "--seed", str(seed)]
     card = metric_card(
         n=num,
         seed=seed,
         features=exam.features,
         device=device,
-        command=shlex.join(command),
+        command=f"diffdiv evaluate {shlex.quote(path.name)} --num {num} --seed {seed}",
         weights=exam.weights,
         ema_half_life=opened.half_life,
     )
@@ -187,6 +172,24 @@ def evaluate_path(
     if out is not None:
         out.write_bytes(written.read_bytes())
     return {"rows": rows, "card": card}
+
+
+def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
+    """Name, network evaluations and sampler of every row; all take the noise of the student."""
+    schedule, student, channels = opened.base.schedule, opened.generator, opened.source.shape[0]
+    heun = schedule.family == "edm"
+    steps = 18 if heun else 20
+    calls = 2 * steps - 1 if heun else steps
+    name = f"teacher, {steps} {_SOLVERS[schedule.family]} steps"
+    if isinstance(opened.teacher, GuidedDenoiser):
+        calls, name = 2 * calls, f"{name}, guidance {opened.teacher.scale:g}"
+    ode = partial(sample_ode, opened.teacher, times=time_grid(schedule, steps), heun=heun)
+    count = f"{student.num_steps} step{'s' if student.num_steps > 1 else ''}"
+    return [
+        (name, calls, lambda z, cond: ode(z[:, :channels], cond)),
+        (f"teacher's weights, {count}", student.num_steps, student.with_net(opened.base.net)),
+        (f"student, {count}", student.num_steps, student),
+    ]
 
 
 def _exam(opened: OpenedRun, num: int, inception: Path | None, clip: Path | None) -> Exam:
@@ -197,6 +200,6 @@ def _exam(opened: OpenedRun, num: int, inception: Path | None, clip: Path | None
             return digits_exam(opened.source, num)
         case "images":
             return images_exam(opened.source, num, inception)
-        case "prompts":
+        case "prompts" | "captions":
             return prompts_exam(opened.source, num, clip)
     raise ValueError(f"data kind {opened.kind!r} has no exam")

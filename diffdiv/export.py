@@ -1,137 +1,105 @@
 """Exports: a trained student as a folder that diffusers loads without diffdiv.
 
-A text-to-image student becomes a stock pipeline whose scheduler holds the *truncated* noise
-schedule, steps 0..t_init, so that one plain step starts at t_init: LCMScheduler for students whose
-input is z ("unit"), EulerDiscreteScheduler for sigma z ("ve"). A UNet2DModel student travels with
-its sampler, ``pipelines/one_step_unet.py``. ``export.json`` in the folder records what it is.
+A text-to-image student becomes a stock pipeline, or an adapter for one, with a scheduler that runs
+the student's times from a plain call (see schedulers.py).
+A UNet2DModel student travels with its sampler, ``pipelines/one_step_unet.py``. ``export.json`` in
+the folder records what it is.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol, cast
 
 import torch
-import yaml
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffdiv.core.schedule import from_diffusers
 from diffdiv.generate import load_pipeline
 from diffdiv.metrics.card import Evaluation
 from diffdiv.model_card import Card, write_model_card
-from diffdiv.models.backbones import load_denoiser
-from diffdiv.models.generator import InputConvention
-from diffdiv.resources import find, resource
+from diffdiv.models.backbones import load_denoiser, num_labels
+from diffdiv.models.generator import Generator, InputConvention
+from diffdiv.resources import resource
 from diffdiv.runtime.checkpoint import load_weights
+from diffdiv.runtime.student import Distillation, read_distillation, student_state_dict
+from diffdiv.schedulers import Scheduler, network_config, student_scheduler
 
 _INPUTS = {"unit": "z ~ N(0, I)", "ve": "sigma z, z ~ N(0, I)"}
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow"}
 
 
-def truncated_scheduler(
-    scheduler: DDPMScheduler, t_init: int, convention: InputConvention
-) -> LCMScheduler | EulerDiscreteScheduler:
-    """The scheduler whose single step goes from ``t_init`` to x0.
-
-    Args:
-        scheduler: with the teacher's betas and prediction type, which are kept.
-        t_init: the student's time, an index 1..num_train_timesteps-1; ValueError otherwise.
-        convention: scale of the student's input, "unit" (z) or "ve" (sigma z).
-    """
-    config = dict(scheduler.config)
-    last = config["num_train_timesteps"] - 1
-    if not 1 <= t_init <= last or t_init != int(t_init):
-        raise ValueError(f"t_init: {t_init} is not among the teacher's steps 1..{last}")
-    settings = {
-        "num_train_timesteps": int(t_init) + 1,
-        "prediction_type": config["prediction_type"],
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,  # StableDiffusionPipeline deprecates any other
-    }
-    plain = not config.get("trained_betas") and not config.get("rescale_betas_zero_snr")
-    if config["beta_schedule"] == "scaled_linear" and plain:
-        low, high = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
-        settings |= {"beta_schedule": "scaled_linear", "beta_start": config["beta_start"]}
-        settings["beta_end"] = (low + t_init / last * (high - low)) ** 2
-    else:
-        settings["trained_betas"] = scheduler.betas[: int(t_init) + 1].tolist()
-    if convention == "ve":
-        return EulerDiscreteScheduler(**settings)
-    # With original_inference_steps=1 a wrong number of steps raises instead of drawing badly.
-    return LCMScheduler(**settings, original_inference_steps=1, clip_sample=False)
-
-
-def export_stable_diffusion(
+def export_pipeline(
     teacher: Path,
-    unet_weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     out: Path,
     *,
-    t_init: int,
+    t_init: float,
     input_convention: InputConvention,
+    num_steps: int = 1,
     card: Card,
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> Path:
-    """Write a stock text-to-image pipeline with the student's network and schedule.
+    """Write a stock text-to-image pipeline with the student's network and times.
 
     Args:
         teacher: local diffusers pipeline folder; all but network and scheduler is kept.
-        unet_weights: the student's network, by parameter name.
+        weights: the student's network, by parameter name.
         out: the new folder.
-        t_init: the student's time, an index of the teacher's schedule.
+        t_init: the student's first time, in the unit of the teacher's schedule.
         input_convention: scale of the student's input, "unit" (z) or "ve" (sigma z).
+        num_steps: K.
         card: what the model card can say besides.
         dtype: of all weights written.
         force: replace an earlier export.
 
-    Returns ``out``. ValueError for a t_init outside the schedule, another kind of schedule, or a
-    folder that may not be overwritten.
+    Returns ``out``. ValueError for a student that no stock scheduler runs, or a folder that may
+    not be overwritten.
     """
     with _staged(out, force, teacher) as stage:
+        scheduler = student_scheduler(teacher, t_init, input_convention, num_steps)
         pipe = load_pipeline(teacher)
-        if from_diffusers(pipe.scheduler).family != "vp":
-            raise ValueError(f"{teacher}: truncation needs a variance-preserving schedule")
-        full = DDPMScheduler.from_config(pipe.scheduler.config)
-        pipe.scheduler = truncated_scheduler(full, t_init, input_convention)
-        pipe.unet.load_state_dict(unet_weights)
+        pipe.scheduler = scheduler
+        pipe.components[network_config(teacher)[0]].load_state_dict(weights)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 nn.Module.to(part, dtype)  # diffusers' own .to warns even when nothing changes
         pipe.save_pretrained(stage)
-        facts = {"t_init": int(t_init), "prediction": pipe.scheduler.config.prediction_type}
-        facts |= {"input": _INPUTS[input_convention], "dtype": str(dtype)[6:]}
-        _finish(stage, teacher, {"num_inference_steps": 1, "guidance_scale": 0.0}, facts, card)
+        facts = _facts(scheduler, t_init, input_convention, num_steps)
+        facts["dtype"] = str(dtype)[6:]
+        _finish(stage, teacher, _call(teacher, num_steps), facts, card)
     return out
 
 
 def export_unet2d(
     teacher: Path,
-    unet_weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     out: Path,
     *,
     t_init: float,
     input_convention: InputConvention,
+    num_steps: int = 1,
     card: Card,
-    dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> Path:
     """Write a UNet2DModel student together with its sampler file.
 
-    All as in :func:`export_stable_diffusion`, except that ``teacher`` needs ``unet/`` and
-    ``scheduler/`` only and ``t_init`` is in the unit of its schedule.
+    All as in :func:`export_pipeline`, except that ``teacher`` needs ``unet/`` and ``scheduler/``
+    only, weights are in float32, and there is one step.
     """
+    if num_steps > 1:
+        raise ValueError(f"num_steps: {num_steps}, but UNet2DModel students are exported with 1")
     denoiser = load_denoiser(teacher)
     schedule, net = denoiser.schedule, denoiser.net
     assert isinstance(net, UNet2DModel)
-    if not 0 < t_init <= schedule.t_max:
-        raise ValueError(f"t_init: {t_init} is not in (0, {schedule.t_max:g}]")
+    Generator(denoiser, t_init, input_convention)  # refuses a time outside the schedule
     t = torch.tensor([t_init], dtype=torch.float64)
     sigma = float(schedule.sigma(t))
     settings: dict[str, object] = {
@@ -144,8 +112,7 @@ def export_unet2d(
     if denoiser.sigma_data:
         settings |= {"sigma_data": denoiser.sigma_data, "edm_time_scale": 1000.0}
     with _staged(out, force, teacher) as stage:
-        net.load_state_dict(unet_weights)
-        nn.Module.to(net, dtype)
+        net.load_state_dict(weights)
         net.save_pretrained(stage / "unet")
         shutil.copytree(teacher / "scheduler", stage / "scheduler")
         shutil.copy(resource("pipelines/one_step_unet.py"), stage)
@@ -157,58 +124,126 @@ def export_unet2d(
             "scheduler": ["diffusers", scheduler["_class_name"]],
         }
         _write(stage / "model_index.json", index | settings)
-        classes = _read(stage / "unet/config.json")["num_class_embeds"]
-        facts = settings | {"t_init": t_init, "classes": classes}
-        facts |= {"input": _INPUTS[input_convention], "dtype": str(dtype)[6:]}
+        facts = settings | {"t_init": t_init, "input": _INPUTS[input_convention]}
+        facts |= {"classes": num_labels(net) or None, "dtype": "float32"}
         _finish(stage, teacher, {"num_inference_steps": 1}, facts, card)
     return out
 
 
-def export_run(
-    run: Path,
-    out: Path,
-    *,
-    ema: int | None = None,
-    force: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Export the student of a run's newest valid state.
+def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = False) -> Path:
+    """Export the student of a run's newest valid state, in float32; an adapter is merged.
 
     Args:
-        run: run folder of a one-step distillation.
-        out, force, dtype: as in :func:`export_stable_diffusion`.
+        run: run folder of a distillation.
+        out, force: as in :func:`export_pipeline`.
         ema: half-life, in images, of the average to export; None = the run's first, which its
             sample grids and its evaluation show; 0 = the last weights.
 
     Raises:
-        ValueError: if the folder is no such run, or ``ema`` is not one of its averages.
+        ValueError: if the folder is no such run, ``ema`` is not one of its averages, or nothing
+            stock runs this student.
         CheckpointError: if it has no valid state.
     """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}: no config.yaml there, so it is not a run folder")
-    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    try:
-        student, given = config["student"], Path(config["teacher"]["path"])
+    config, half_life, card = _read_run(run, ema)
+    student, teacher = config["student"], Path(config["teacher"]["path"])
+    export = export_pipeline if (teacher / "text_encoder").is_dir() else export_unet2d
+    return export(
+        teacher,
+        student_state_dict(run, config, half_life),
+        out,
+        t_init=student["t_init"],
+        input_convention=student["input_convention"],
+        num_steps=student["num_steps"],
+        card=card,
+        force=force,
+    )
+
+
+def export_lora(run: Path, out: Path, *, ema: int | None = None, force: bool = False) -> Path:
+    """Export the student of a LoRA run as an adapter for its unchanged base model.
+
+    ``out`` gets pytorch_lora_weights.safetensors (alpha in its metadata), ``scheduler/`` and the
+    call in README.md. Arguments and errors as in :func:`export_run`.
+
+    Raises:
+        ValueError: also if the student is a full copy, or its pipeline loads no adapters.
+    """
+    config, half_life, card = _read_run(run, ema)
+    student, teacher = config["student"], Path(config["teacher"]["path"])
+    lora, num_steps, (part, _) = student["lora"], student["num_steps"], network_config(teacher)
+    if lora is None:
+        raise ValueError(f"{run}: student.lora is null, so this student is a whole network")
+    weights = load_weights(run, "student", half_life or None)
+    settings = {
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
+    }
+    with _staged(out, force, teacher) as stage:
         t_init, convention = student["t_init"], student["input_convention"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run / 'config.yaml'}: no {error}; not a one-step student") from None
-    teacher = given if given.is_dir() else find(given)
-    if teacher is None:
-        raise ValueError(f"{run / 'config.yaml'}: teacher.path: there is no folder {given}")
-    half_life = next(iter(student.get("ema_half_lives", ())), 0) if ema is None else ema
-    guidance = config["teacher"].get("guidance_scale")
-    facts = {"guidance of the teacher": guidance, "EMA half-life in images": half_life or "no EMA"}
-    card = Card(facts={"recipe": config.get("recipe"), **facts})
+        scheduler = student_scheduler(teacher, t_init, convention, num_steps)
+        scheduler.save_pretrained(stage / "scheduler")
+        options = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
+        _adaptable_pipeline(teacher).save_lora_weights(stage, **options)
+        facts = _facts(scheduler, t_init, convention, num_steps)
+        facts |= {"rank": lora["rank"], "alpha": lora["alpha"], "dtype": "float32"}
+        _finish(stage, teacher, _call(teacher, num_steps), facts, card)
+    return out
+
+
+def _read_run(run: Path, ema: int | None) -> tuple[Distillation, int, Card]:
+    """A run's configuration, the half-life to export, and what its model card can say."""
+    config = read_distillation(run)
+    half_life = next(iter(config["student"]["ema_half_lives"]), 0) if ema is None else ema
+    facts: dict[str, object] = {
+        "recipe": config["recipe"],
+        "guidance of the teacher": config["teacher"].get("guidance_scale"),
+        "EMA half-life in images": half_life or "no EMA",
+    }
+    card = Card(facts=facts)
     if (run / "evaluation.json").is_file():
-        evaluation: Evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
+        evaluation = cast(Evaluation, _read(run / "evaluation.json"))
         if (evaluation["card"].get("ema_half_life") or 0) == half_life:  # of these very weights
             card["evaluation"] = evaluation
     if (run / "samples/captions.json").is_file():
-        card["prompt"] = str(_read(run / "samples/captions.json")["prompts"][0])
-    weights = load_weights(run, "student", half_life or None)
-    options = {"t_init": t_init, "input_convention": convention, "dtype": dtype, "force": force}
-    export = export_stable_diffusion if (teacher / "text_encoder").is_dir() else export_unet2d
-    return export(teacher, weights, out, card=card, **options)
+        captions = cast("dict[str, list[str]]", _read(run / "samples/captions.json"))
+        card["prompt"] = captions["prompts"][0]
+    return config, half_life, card
+
+
+class _Adaptable(Protocol):
+    def save_lora_weights(self, save_directory: Path, **parts: object) -> None: ...
+
+
+def _adaptable_pipeline(teacher: Path) -> _Adaptable:
+    """The teacher's pipeline without any of its components; ValueError if it takes no adapters."""
+    index = _read(teacher / "model_index.json")
+    parts = [key for key, value in index.items() if isinstance(value, list) and key[0] != "_"]
+    options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    pipe = DiffusionPipeline.from_pretrained(
+        teacher, local_files_only=True, **dict.fromkeys(parts), **options
+    )
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"{teacher}: a {type(pipe).__name__} loads no adapters; export it merged")
+    return cast(_Adaptable, pipe)
+
+
+def _facts(
+    scheduler: Scheduler, t_init: float, convention: InputConvention, num_steps: int
+) -> dict[str, object]:
+    scheduler.set_timesteps(num_steps)
+    return {
+        "t_init": int(t_init),
+        "times the network is told": [round(t, 3) for t in scheduler.timesteps.tolist()],
+        "prediction": scheduler.config.get("prediction_type", "flow"),
+        "input": _INPUTS[convention],
+    }
+
+
+def _call(teacher: Path, num_steps: int) -> dict[str, object]:
+    """The exact call: guidance off; FLUX.1 dev is told the scale that it was trained with."""
+    is_told = network_config(teacher)[1].get("guidance_embeds")
+    return {"num_inference_steps": num_steps, "guidance_scale": 3.5 if is_told else 0.0}
 
 
 def _finish(
@@ -217,10 +252,19 @@ def _finish(
     """Add export.json and README.md, and drop the local paths that from_pretrained records."""
     for path in stage.rglob("*.json"):
         content = _read(path)
-        if {"_name_or_path", "name_or_path"} & content.keys():
-            _write(path, {k: v for k, v in content.items() if k.lstrip("_") != "name_or_path"})
+        for name in {"_name_or_path", "name_or_path"} & content.keys():
+            del content[name]
+            _write(path, content)
     _write(stage / "export.json", {"call": call, **facts})
-    write_model_card(stage, teacher, facts, card)
+    write_model_card(stage, teacher, call, facts, card)
+
+
+def _read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -232,21 +276,10 @@ def _staged(out: Path, force: bool, teacher: Path) -> Iterator[Path]:
         if not force or not (out / "export.json").is_file():
             raise ValueError(f"{out}: not empty; only an export is replaced, and only by force")
     out.parent.mkdir(parents=True, exist_ok=True)
-    stage, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    stage.mkdir()
-    try:
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        stage = Path(folder) / "new"
+        stage.mkdir()
         yield stage
         if out.exists():
-            os.replace(out, old)
-        os.replace(stage, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _write(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            out.rename(Path(folder) / "old")
+        stage.rename(out)

@@ -30,11 +30,8 @@ def load_pipeline(path: Path) -> DiffusionPipeline:
         name = f"{index['_class_name'][0]}.py"
         ours = find(f"pipelines/{name}")
         parts = [v for k, v in index.items() if isinstance(v, list) and not k.startswith("_")]
-        if (
-            ours is None
-            or ours.read_bytes() != (folder / name).read_bytes()
-            or {part[0] for part in parts} - {"diffusers", "transformers", None}
-        ):
+        is_ours = ours is not None and ours.read_bytes() == (folder / name).read_bytes()
+        if not is_ours or {part[0] for part in parts} - {"diffusers", "transformers", None}:
             raise ValueError(f"{folder}: brings code that does not ship with diffdiv; not loaded")
     pipe = DiffusionPipeline.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=custom
@@ -43,19 +40,11 @@ def load_pipeline(path: Path) -> DiffusionPipeline:
     return pipe
 
 
-def sample_path(
-    path: Path,
-    prompts: Sequence[str],
-    num: int,
-    seed: int,
-    out: Path,
-    *,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-) -> list[Path]:
+def sample_path(path: Path, prompts: Sequence[str], num: int, seed: int, out: Path) -> list[Path]:
     """Generate PNG files from an export, a run or any local diffusers pipeline.
 
-    The i-th image drawn has a generator of its own, seeded with seed + i.
+    An export is called as it was made for, another pipeline with its own defaults. The i-th image
+    drawn has a generator of its own, seeded with seed + i.
 
     Args:
         path: folder, see :func:`load_pipeline`.
@@ -64,8 +53,6 @@ def sample_path(
         num: number of images for each prompt.
         seed: of the first image.
         out: folder for the images; made if absent.
-        num_inference_steps: None = what the export was made for, else the pipeline's own default.
-        guidance_scale: likewise.
 
     Returns:
         The files written, in order.
@@ -79,8 +66,6 @@ def sample_path(
     generate = cast(Callable[..., ImagePipelineOutput], pipe)
     record = _pipeline_folder(path) / "export.json"
     call = json.loads(record.read_text("utf-8"))["call"] if record.is_file() else {}
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    call |= {name: value for name, value in given.items() if value is not None}
     text = "tokenizer" in pipe.components
     if text and not prompts:
         raise ValueError("prompts: none given, but this pipeline makes images from text")
@@ -91,9 +76,12 @@ def sample_path(
     for i, prompt in enumerate(prompt for prompt in prompts or [""] for _ in range(num)):
         if prompt:
             call |= {"prompt": prompt} if text else {"class_labels": int(prompt)}
-        image = generate(generator=torch.Generator().manual_seed(seed + i), **call).images[0]
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-")
-        files.append(out / f"{i:05d}{'-' if slug else ''}{slug}.png")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + i)  # SD3 and FLUX keep the generator from their scheduler
+            noise = torch.Generator().manual_seed(seed + i)
+            image = generate(generator=noise, **call).images[0]
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40]
+        files.append(out / f"{f'{i:05d}-{slug}'.strip('-')}.png")
         image.save(files[-1])
     return files
 

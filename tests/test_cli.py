@@ -237,3 +237,19 @@ def test_resources() -> None:
         assert resources.find(outside) is None
     with pytest.raises(FileNotFoundError, match="not among the files bundled"):
         resources.resource("train/no_such.py")
+
+
+def test_plan_needs_neither_weights_nor_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shapes are those of a folder when there is one, else of a named kind."""
+    assert run(monkeypatch, "plan", "configs/demo/lora.yaml", "--gpu", "12GB") == 0
+    text = capsys.readouterr().out
+    assert "fits on a 12 GB card" in text and "1 critic updates a cycle" in text
+    missing = ("plan", "configs/f_distill/sdxl_lora_12gb.yaml", "--like", "sdxxl")
+    assert run(monkeypatch, *missing) != 0
+    sentence = capsys.readouterr().err
+    assert "there is no folder stable-diffusion-xl-base-1.0" in sentence
+    assert "sd15, sd21, sdxl" in sentence
+    assert run(monkeypatch, "plan", "configs/demo/lora.yaml", "--gpu", "big") != 0
+    assert "gpu 'big' is neither a memory size" in capsys.readouterr().err

@@ -17,6 +17,8 @@ from diffdiv.core.schedule import schedule_from_config
 from diffdiv.models.backbones import PromptEncoder, load_denoiser
 from diffdiv.models.denoiser import Condition
 from diffdiv.models.generator import Generator
+from diffdiv.runtime import student as student_module
+from diffdiv.schedulers import truncated_scheduler
 
 PROMPT = "a red seven on white"
 TIMES, CONVENTIONS = (399, 625, 999), ("unit", "ve")
@@ -102,7 +104,7 @@ def world(tmp_path_factory) -> Path:
     for name in ("eps", "v", "linear"):
         tiny_stable_diffusion(root / name, schedulers[name])
     for name, convention, t_init in CASES:
-        export.export_stable_diffusion(
+        export.export_pipeline(
             root / name / "teacher",
             moved(root / name / "teacher"),
             root / "exports" / f"{name}-{convention}-{t_init}",
@@ -179,7 +181,7 @@ def test_diffdiv_was_not_imported_and_no_local_path_was_written(world):
 def test_truncated_schedule_is_the_head_of_the_full_one(t_init):
     """beta_end values as computed once for t = 399 and 625 from the closed form."""
     full = DDPMScheduler.from_config(stable_diffusion_scheduler().config)
-    short = export.truncated_scheduler(full, t_init, "unit")
+    short = truncated_scheduler(full, t_init, "unit")
     known = {399: 0.0037530789767896075, 625: 0.006312087729390821, 999: 0.012}[t_init]
     assert short.config.beta_end == pytest.approx(known, rel=1e-12)
     torch.testing.assert_close(
@@ -190,7 +192,7 @@ def test_truncated_schedule_is_the_head_of_the_full_one(t_init):
 def test_half_precision_is_written_and_read(world, tmp_path):
     teacher = world / "v" / "teacher"
     settings = {"t_init": 625, "input_convention": "unit", "card": {}, "dtype": torch.float16}
-    export.export_stable_diffusion(teacher, moved(teacher), tmp_path / "half", **settings)
+    export.export_pipeline(teacher, moved(teacher), tmp_path / "half", **settings)
     stored = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
 
@@ -206,7 +208,7 @@ def test_card_names_the_call_and_lets_nothing_through(world, tmp_path):
     card = {"prompt": evil, "facts": {evil: evil}}
     card["evaluation"] = {"rows": rows, "card": {"n": 1000, "resize": None, evil: 1}}
     settings = {"t_init": 399, "input_convention": "unit", "card": card}
-    out = export.export_stable_diffusion(teacher, moved(teacher), tmp_path / "out", **settings)
+    out = export.export_pipeline(teacher, moved(teacher), tmp_path / "out", **settings)
     text = (out / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "openrail" and front["pipeline_tag"] == "text-to-image"
@@ -221,6 +223,7 @@ def a_run(world: Path, folder: Path, kind: str, weights: dict, monkeypatch) -> P
     teacher = world / kind if kind.startswith("unet") else world / kind / "teacher"
     student = {"t_init": 80.0 if kind == "unet-edm" else 399.0, "input_convention": "unit"}
     student["ema_half_lives"] = [half_life for half_life in weights if half_life]
+    student |= {"num_steps": 1, "lora": None}
     config = {"recipe": "f_distill", "teacher": {"path": str(teacher)}, "student": student}
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -229,7 +232,7 @@ def a_run(world: Path, folder: Path, kind: str, weights: dict, monkeypatch) -> P
         assert (run, network) == (folder, "student")
         return weights[ema]
 
-    monkeypatch.setattr(export, "load_weights", load_weights)
+    monkeypatch.setattr(student_module, "load_weights", load_weights)
     return folder
 
 
@@ -311,7 +314,7 @@ def test_times_outside_the_schedule_are_refused(world, tmp_path, t_init):
     teacher = world / "eps" / "teacher"
     settings = {"t_init": t_init, "input_convention": "unit", "card": {}}
     with pytest.raises(ValueError, match=r"1\.\.999"):
-        export.export_stable_diffusion(teacher, {}, tmp_path / "out", **settings)
+        export.export_pipeline(teacher, {}, tmp_path / "out", **settings)
     assert not list(tmp_path.iterdir())
 
 

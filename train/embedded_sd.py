@@ -319,7 +319,7 @@ def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
     with torch.no_grad():
         rebuilt = torch.cat([pipe.vae.decode(chunk).sample for chunk in mean.split(250)])
     table = {"held-out images": metrics(wanted.images), "autoencoder": metrics(rebuilt)}
-    for scale in (1.0, 1.5, 2.0):
+    for scale in (1.0, 1.5):
         images = []
         for start in track(range(0, len(mean), 100), description=f"guidance {scale}"):
             prompts = wanted.prompts[start : start + 100]

@@ -79,7 +79,7 @@ def sample_shape(net: nn.Module) -> tuple[int, int, int]:
 
 def num_labels(net: nn.Module) -> int:
     """Size of a backbone's class embedding; 0 without one."""
-    return cast(UNet2DModel, net).config["num_class_embeds"] or 0
+    return cast(UNet2DModel, net).config.get("num_class_embeds") or 0
 
 
 def build_unet2d(
@@ -175,6 +175,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W] float32 on the CPU."""
-        parts = latents.float().to(self.vae.device).split(64)
+        chunk = max(1, min(64, 2**14 // latents[0, 0].numel()))  # one at a time at 1024 pixels
+        parts = latents.float().to(self.vae.device).split(chunk)
         images = [self.vae.decode(p / self.scale + self.shift, return_dict=False)[0] for p in parts]
         return torch.cat(images).clamp(-1, 1).cpu()

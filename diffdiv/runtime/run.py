@@ -238,6 +238,7 @@ class Run:
             progress = self.step / self.config.steps
             lr = net.lr * learning_rate_factor(net.config, updates=net.updates, progress=progress)
             net.step(norm, lr=lr, images=self.config.batch_size)
+            net.module.zero_grad(set_to_none=True)  # memory for the turn's other networks
             net.skips = 0
             self.log({f"grad_norm/{name}": norm, f"lr/{name}": lr})
         else:

@@ -1,16 +1,106 @@
-"""A finished (or running) one-step distillation, opened for use: teacher, source and student."""
+"""A finished (or running) distillation, opened for use: teacher, source and student."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 import yaml
+from torch import Tensor
 
+from diffdiv.models.adapters import SharedBase, merged_state_dict
 from diffdiv.models.backbones import load_denoiser
 from diffdiv.models.denoiser import Denoiser, GuidedDenoiser, guided
-from diffdiv.models.generator import Generator
+from diffdiv.models.families import lora_targets
+from diffdiv.models.generator import Generator, InputConvention
 from diffdiv.runtime.checkpoint import load_weights
 from diffdiv.sources import Source, open_source
+
+
+class Lora(TypedDict):
+    """An adapter's settings; targets None = those of the network's family."""
+
+    rank: int
+    alpha: int
+    targets: list[str] | None
+
+
+class Student(TypedDict):
+    """What a run's configuration says of its student; ``lora`` None = a full copy."""
+
+    t_init: float
+    input_convention: InputConvention
+    num_steps: int
+    ema_half_lives: list[int]
+    lora: Lora | None
+
+
+class Teacher(TypedDict):
+    """What it says of the teacher."""
+
+    path: str
+    guidance_scale: float | None
+
+
+class Data(TypedDict):
+    """What it says of the data."""
+
+    kind: str
+    path: str | None
+    cache: str | None
+
+
+class Distillation(TypedDict):
+    """The part of a run's config.yaml that is needed to use what it made."""
+
+    recipe: str
+    run: dict[str, object]
+    teacher: Teacher
+    student: Student
+    data: Data
+
+
+def read_distillation(run: Path) -> Distillation:
+    """The configuration of a distillation, from its run folder.
+
+    Raises:
+        ValueError: if the folder holds no such run.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run}: no config.yaml there, so it is not a run folder")
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("student"), dict):
+        raise ValueError(f"{file}: no 'student' there, so it is not a distillation")
+    return cast(Distillation, config)
+
+
+def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[str, Tensor]:
+    """Weights of the student as a plain network, from the newest valid state, on the CPU.
+
+    An adapter is merged into the teacher's weights as they lie in its folder, in float32.
+
+    Args:
+        run: run folder; ``config``: what :func:`read_distillation` says of it.
+        half_life: of the average to take, in images; 0 = the last weights.
+
+    Raises:
+        ValueError: if there is no such average.
+        CheckpointError: if there is no valid state.
+    """
+    weights, lora = load_weights(run, "student", half_life or None), config["student"]["lora"]
+    if lora is None:
+        return weights
+    net = load_denoiser(Path(config["teacher"]["path"])).net
+    view = SharedBase(net).add(
+        "student",
+        rank=lora["rank"],
+        alpha=lora["alpha"],
+        targets=lora["targets"] or lora_targets(net),
+        seed=0,  # what is drawn from it is replaced at once
+    )
+    view.load_state_dict(weights)
+    return merged_state_dict(view)
 
 
 @dataclass(frozen=True)
@@ -22,7 +112,7 @@ class OpenedRun:
         teacher_path: folder of the teacher.
         base: the unguided teacher; ``teacher``: with the run's guidance.
         source: conditions, captions, decoding.
-        generator: the student with averaged weights.
+        generator: the student with averaged weights, adapters merged.
         half_life: of that average, in images.
     """
 
@@ -36,42 +126,38 @@ class OpenedRun:
 
 
 def open_run(path: Path, device: torch.device) -> OpenedRun:
-    """Open the newest valid state of a one-step distillation.
+    """Open the newest valid state of a distillation.
 
     Raises:
         ValueError: if the folder holds no such run.
         CheckpointError: if it has no valid state.
     """
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"{path}: no config.yaml there, so it is not a run folder")
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if "student" not in config:
-        raise ValueError(f"{path}: a run without a student; a one-step distillation is wanted")
-    student, data = config["student"], config["data"]
-    teacher_path, scale = Path(config["teacher"]["path"]), config["teacher"]["guidance_scale"]
-    half_life = student["ema_half_lives"][0]
+    config = read_distillation(path)
+    student, data, guidance = config["student"], config["data"], config["teacher"]["guidance_scale"]
+    teacher_path, half_life = Path(config["teacher"]["path"]), student["ema_half_lives"][0]
     base, student_net = load_denoiser(teacher_path), load_denoiser(teacher_path).net
+    student_net.load_state_dict(student_state_dict(path, config, half_life))
     base.net.to(device)
-    student_net.load_state_dict(load_weights(path, "student", half_life))
     source = open_source(
         data["kind"],
         None if data["path"] is None else Path(data["path"]),
         teacher_path=teacher_path,
         teacher=base,
-        guidance_scale=scale,
-        teacher_pool=None,
-        seed=config["run"]["seed"],
+        cache=None if data["cache"] is None else Path(data["cache"]),
+        seed=int(str(config["run"]["seed"])),
         device=device,
     )
     return OpenedRun(
         kind=data["kind"],
         teacher_path=teacher_path,
         base=base,
-        teacher=guided(base, scale, source.uncond),
+        teacher=guided(base, guidance, source.uncond),
         source=source,
         generator=Generator(
-            base.with_net(student_net.to(device)), student["t_init"], student["input_convention"]
+            base.with_net(student_net.to(device)),
+            student["t_init"],
+            student["input_convention"],
+            student["num_steps"],
         ),
         half_life=half_life,
     )
