@@ -15,6 +15,10 @@ from diffdiv import resources
 from diffdiv.runtime import launch
 from diffdiv.runtime.yaml_io import to_yaml
 
+# Before torch loads OpenMP. Threads that spin while they wait for each other cost a multiple of the
+# time on a busy machine, and nothing is gained by it on a quiet one: docs/performance.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 app = typer.Typer(
     help="Distil and fine-tune diffusion models by divergence minimisation.",
     no_args_is_help=True,

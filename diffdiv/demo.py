@@ -1,10 +1,8 @@
 """`diffdiv demo`: one system end to end on a CPU, offline: train, evaluate, export, report."""
 
-import os
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -54,10 +52,6 @@ def run_demo(system: str, out: Path | None) -> Path:
     """
     if system not in SYSTEMS:
         raise ValueError(f"demo {system!r} is not one of {', '.join(SYSTEMS)}")
-    if "OMP_NUM_THREADS" not in os.environ:
-        # These networks are tiny, and threads that wait for each other on a busy machine cost a
-        # multiple of the time: docs/performance.md.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     console, start = Console(), time.monotonic()
 
     def say(text: str) -> None:
