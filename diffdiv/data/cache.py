@@ -201,7 +201,8 @@ def _compute(compute: Compute, rows: range, batch_size: int) -> dict[str, Tensor
             if not value.isfinite().all():
                 raise FloatingPointError(f"{name}: not finite in rows {batch[0]} to {batch[-1]}")
         batches.append({name: value.cpu() for name, value in found.items()})
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    # a VAE's mean is a view in channels-last order, which safetensors refuses
+    return {n: torch.cat([batch[n] for batch in batches]).contiguous() for n in batches[0]}
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> _Shard:
