@@ -14,6 +14,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffdiv.runtime.checkpoint import newest_valid, read_tensors
+
 TEXT_LENGTH = 32
 
 
@@ -114,3 +116,20 @@ def tiny_unet2d(folder: Path, scheduler: SchedulerMixin, num_classes: int | None
     unet.save_pretrained(folder / "unet")
     scheduler.save_pretrained(folder / "scheduler")
     return folder
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest valid state, by "file/key"."""
+    state = newest_valid(folder)
+    return {
+        f"{path.stem}/{key}": value
+        for path in sorted(state.glob("*.safetensors"))
+        for key, value in read_tensors(state, path.stem).items()
+    }
+
+
+def losses_of(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics without what no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = {"seconds", "images_per_second", "memory"}
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]

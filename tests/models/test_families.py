@@ -29,7 +29,13 @@ from diffdiv.core.tensor import expand_like
 from diffdiv.models.adapters import SharedBase, enable_checkpointing
 from diffdiv.models.backbones import load_denoiser, sample_shape
 from diffdiv.models.denoiser import Condition, Denoiser, guided
-from diffdiv.models.families import FAMILIES, latent_shape, lora_targets, schedule_for
+from diffdiv.models.families import (
+    FAMILIES,
+    latent_shape,
+    lora_targets,
+    middle_block,
+    schedule_for,
+)
 from diffdiv.samplers import sample_ode, time_grid
 
 WIDTH, LENGTH, BATCH = 8, 5, 2
@@ -366,4 +372,5 @@ def test_unknown_added_conditions_are_refused() -> None:
 def test_the_middle_block_exists_in_every_family() -> None:
     for name in BUILDERS:
         net = build(name)
-        net.get_submodule(FAMILIES[type(net).__name__].feature_block(net.config))
+        name_of_block = middle_block(net)
+        assert name_of_block in dict(net.named_modules()), (name, name_of_block)

@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
-from builders import tiny_stable_diffusion, tiny_unet2d
+from builders import losses_of, state_of, tiny_stable_diffusion, tiny_unet2d
 from diffusers import EDMEulerScheduler
 
 from diffdiv.api import prepare
 from diffdiv.core.divergence import DIVERGENCES
 from diffdiv.resources import resource
-from diffdiv.runtime.checkpoint import newest_valid, read_tensors
+from diffdiv.runtime.checkpoint import newest_valid
 from diffdiv.runtime.launch import launch
 from diffdiv.runtime.run import Run
 
@@ -34,21 +34,6 @@ def train(folder, teacher, *overrides):
     recipe, config = prepare("configs/demo/digits.yaml", items)
     recipe.main(config)
     return folder
-
-
-def state_of(folder):
-    state = newest_valid(folder)
-    return {
-        f"{path.stem}/{key}": value
-        for path in sorted(state.glob("*.safetensors"))
-        for key, value in read_tensors(state, path.stem).items()
-    }
-
-
-def losses_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timing = {"seconds", "images_per_second", "memory"}
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,17 @@
 """The f-distill recipe with what real models need: adapters, several steps, warm-up, caches."""
 
-import json
 import os
 import signal
 
 import pytest
 import torch
-from builders import stable_diffusion_scheduler, tiny_stable_diffusion
+from builders import losses_of, stable_diffusion_scheduler, state_of, tiny_stable_diffusion
 from safetensors.torch import load_file
 from torchvision.utils import save_image
 
 from diffdiv.api import prepare
 from diffdiv.export import export_run
-from diffdiv.runtime.checkpoint import newest_valid, read_tensors
+from diffdiv.runtime.checkpoint import newest_valid
 from diffdiv.runtime.run import Run
 from diffdiv.verify import verify_export
 
@@ -52,21 +51,6 @@ def train(folder, teacher, data, *more):
     return folder
 
 
-def tensors(folder):
-    state = newest_valid(folder)
-    return {
-        f"{file.stem}/{key}": value
-        for file in sorted(state.glob("*.safetensors"))
-        for key, value in read_tensors(state, file.stem).items()
-    }
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timing = {"seconds", "images_per_second", "memory"}
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
-
-
 CHOICES = {
     "adapters": LORA,
     "mixed": FAKE_LORA,
@@ -95,9 +79,9 @@ def test_stopped_and_resumed_it_ends_bitwise_equal_and_exports(
         train(tmp_path / "cut", teacher, captioned, *CHOICES[name])
     monkeypatch.setattr(Run, "update", update)
     train(tmp_path / "cut", teacher, captioned, *CHOICES[name])
-    a, b = tensors(whole), tensors(tmp_path / "cut")
+    a, b = state_of(whole), state_of(tmp_path / "cut")
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert losses(whole) == losses(tmp_path / "cut")
+    assert losses_of(whole) == losses_of(tmp_path / "cut")
 
     export = export_run(whole, tmp_path / "export")
     assert verify_export(whole, export) < 1e-4
@@ -106,7 +90,7 @@ def test_stopped_and_resumed_it_ends_bitwise_equal_and_exports(
 def test_checkpointing_changes_nothing(teacher, captioned, tmp_path):
     plain = train(tmp_path / "plain", teacher, captioned, *LORA)
     saving = train(tmp_path / "saving", teacher, captioned, *LORA, "teacher.checkpointing=true")
-    a, b = tensors(plain), tensors(saving)
+    a, b = state_of(plain), state_of(saving)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -123,8 +107,8 @@ def test_cached_data_gives_the_same_run(teacher, captioned, tmp_path):
     cache = f"data.cache={tmp_path / 'cache'}"
     cached = train(tmp_path / "cached", teacher, captioned, *LORA, cache)
     again = train(tmp_path / "again", teacher, captioned, *LORA, cache)
-    assert losses(cached) == losses(again)
-    for one, other in zip(losses(free), losses(cached), strict=True):
+    assert losses_of(cached) == losses_of(again)
+    for one, other in zip(losses_of(free), losses_of(cached), strict=True):
         assert one.keys() == other.keys()
         for key in one:
             assert other[key] == pytest.approx(one[key], rel=2e-3, abs=1e-5), key
@@ -137,5 +121,5 @@ def test_a_prompt_file_is_cached_bit_for_bit(teacher, tmp_path):
     data += ["data.real=teacher", *LORA]
     free = train(tmp_path / "free", teacher, prompts, *data)
     cached = train(tmp_path / "cached", teacher, prompts, *data, f"data.cache={tmp_path / 'c'}")
-    a, b = tensors(free), tensors(cached)
-    assert all(torch.equal(a[key], b[key]) for key in a) and losses(free) == losses(cached)
+    a, b = state_of(free), state_of(cached)
+    assert all(torch.equal(a[key], b[key]) for key in a) and losses_of(free) == losses_of(cached)
