@@ -70,19 +70,36 @@ def run_recipe_file(path: str | Path, argv: Sequence[str] | None = None) -> None
 
     Raises:
         SystemExit: as in :func:`failures_as_sentences`; 75 for an interrupted run that saved its
-            state.
+            state. One process of several ends here, with the same status.
     """
     from diffdiv.runtime.config import load_config
 
     recipe, argv = load_recipe(path), sys.argv[1:] if argv is None else argv
-    with failures_as_sentences():
-        if not argv:
-            raise ConfigError([f"usage: {recipe.path.name} CONFIG [key=value ...]"])
-        recipe.main(load_config(argv[0], argv[1:], recipe.config_class))
-    import torch
+    try:
+        with failures_as_sentences():
+            if not argv:
+                raise ConfigError([f"usage: {recipe.path.name} CONFIG [key=value ...]"])
+            recipe.main(load_config(argv[0], argv[1:], recipe.config_class))
+    except SystemExit as error:
+        leave_group(error.code if isinstance(error.code, int) else 1)
+        raise
+    leave_group(0)
 
-    if torch.distributed.is_initialized():
+
+def leave_group(status: int) -> None:
+    """End this process here if it is one of a group; everything is saved and closed by now.
+
+    DDP never frees its group, and a gloo thread that asks for the interpreter while that is torn
+    down aborts the process (pytorch/pytorch#179291): a finished run would count as failed.
+    """
+    torch = sys.modules.get("torch")  # a wrong configuration is told without it
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    if status == 0:  # after a failure the other ranks may never come
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from diffdiv.runtime.config import Config, OptimizerConfig, RunConfig
-from diffdiv.runtime.launch import run_recipe_file
+from diffdiv.runtime.launch import leave_group, run_recipe_file
 
 CRITIC = 3
 
@@ -175,5 +175,6 @@ def slow_saving(values: dict[str, object]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--cases":
         cases(Path(sys.argv[2]))
+        leave_group(0)
     else:
         run_recipe_file(__file__, sys.argv[1:])
