@@ -62,6 +62,8 @@ class Bench:
                 SHAPE, channels=CHANNELS, layers=1, attention=[2], num_labels=CLASSES + 1
             )
             net = net.to(device).eval()
+            if self.options.variant == "ours":
+                net = net.to(memory_format=torch.channels_last)
             if self.options.compile:
                 net.compile()
             return net

@@ -134,9 +134,9 @@ class Denoiser:
     def with_features(
         self, x_t: Tensor, t: Tensor, cond: Condition, names: Sequence[str]
     ) -> tuple[Tensor, list[Tensor]]:
-        """x0 and the outputs of the named blocks, from one forward."""
+        """x0, without graph, and the outputs of the named blocks, with theirs; one forward."""
         with tap(self.net, names) as features:
-            x0 = self(x_t, t, cond)
+            x0 = self(x_t, t, cond).detach()
         return x0, [_as_map(features[name], x_t) for name in names]
 
     def features(
@@ -220,6 +220,9 @@ class _AllTappedError(Exception):
 def tap(net: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Record the outputs of named sub-modules by forward hooks.
 
+    Behind the last of them no graph is built: a loss on features needs none of the decoder's
+    activations.
+
     Args:
         net: raw backbone.
         names: dotted sub-module names ("mid_block", "down_blocks.2").
@@ -233,13 +236,17 @@ def tap(net: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator
         ValueError: if a name is no sub-module of ``net``.
     """
     seen: dict[str, Tensor] = {}
+    with_graph = torch.is_grad_enabled()
 
     def record(name: str, _module: nn.Module, _args: object, output: object) -> None:
         seen[name] = _image_part(output)
-        if stop and len(seen) == len(names):
-            raise _AllTappedError
+        if len(seen) == len(names):
+            if stop:
+                raise _AllTappedError
+            torch.set_grad_enabled(False)
 
     with ExitStack() as hooks:
+        hooks.callback(torch.set_grad_enabled, with_graph)
         for name in names:
             hook = _block(net, name).register_forward_hook(partial(record, name))
             hooks.callback(hook.remove)

@@ -1,13 +1,15 @@
 """A network that a run trains: its parameters, AdamW, averages, and one update of all that."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffdiv.core.tensor import sum_over_ranks
+from diffdiv.runtime import fsdp
 from diffdiv.runtime.checkpoint import read_tensors
 from diffdiv.runtime.config import OptimizerConfig
 from diffdiv.runtime.ema import EMA
@@ -25,11 +27,37 @@ def learning_rate_factor(config: OptimizerConfig, *, updates: int, progress: flo
     return warmup * max(0.0, min(1.0, left))
 
 
+def is_adapted(net: nn.Module) -> bool:
+    """Whether low-rank adapters lie on ``net``, or are all of it."""
+    return any("lora_A" in name.split(".") for name, _ in net.named_parameters())
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), fused into one kernel; or torchao's with 8-bit moments.
+
+    Raises:
+        ValueError: if torchao is asked for and missing.
+    """
+    betas, decay = config.betas, config.weight_decay
+    if not config.eight_bit:
+        return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, fused=True)
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]  # an extra
+    except ImportError:
+        raise ValueError(
+            "optimizer.eight_bit: torchao is not installed (pip install 'diffdiv[memory]')"
+        ) from None
+    return AdamW8bit(parameters, lr, betas, weight_decay=decay)
+
+
 class Network:
     """What belongs to one trained network of a run.
 
     ``module`` is the network as given: call it outside its own turn, take weights from it.
-    ``trained`` is what its own turn calls: the DDP wrapper, or the module itself.
+    ``trained`` is what its own turn calls: the DDP wrapper, or the module itself. Where the module
+    is sharded, so are gradients, moments and averages; files always hold whole tensors.
     """
 
     def __init__(
@@ -47,10 +75,7 @@ class Network:
         self.lr, self.config = lr, config
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)  # one that does nothing
         self.parameters = {k: v for k, v in module.named_parameters() if v.requires_grad}
-        decay = config.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr, config.betas, weight_decay=decay, fused=True
-        )
+        self.optimizer = make_optimizer(self.parameters.values(), lr, config)
         self.ema = {half: EMA(self.parameters, half_life=half) for half in ema_half_lives}
         self.updates = 0
         self.skips = 0  # in a row
@@ -67,7 +92,7 @@ class Network:
         grads = [value.grad for value in self.parameters.values() if value.grad is not None]
         if not grads:
             raise ValueError(f"the loss given to update({self.name!r}) reaches none of its weights")
-        return torch.nn.utils.get_total_norm(grads)
+        return fsdp.whole(torch.nn.utils.get_total_norm(grads))
 
     def not_finite(self, norm: Tensor, *, rank: int, world_size: int) -> str | None:
         """None if the losses of all ranks and the norm are finite, else what was not."""
@@ -85,15 +110,45 @@ class Network:
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
         self.optimizer.step()
         for ema in self.ema.values():
             ema.update(self.parameters, images=images, images_seen=(self.updates + 1) * images)
 
-    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """Everything to save, by file stem; the optimiser's as "parameter|key".
+    def require_gradients(self, claim: bool) -> None:
+        """Set the flag of every trained parameter."""
+        fsdp.reshard(self.module)  # on what is gathered the flag would be lost
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(claim)
 
-        AdamW's settings are those of the configuration, and its learning rate that of the counters.
+    def drop_gradients(self) -> None:
+        """Free the gradients of every trained parameter."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @contextmanager
+    def averaged(self, half_life: int) -> Iterator[nn.Module]:
+        """The module with averaged weights in place of its own, on all ranks together."""
+        parts = {name: fsdp.local(value.detach()) for name, value in self.parameters.items()}
+        own = {name: part.to("cpu", copy=True) for name, part in parts.items()}
+        fsdp.reshard(self.module)
+        try:
+            for name, part in parts.items():
+                part.copy_(fsdp.local(self.ema[half_life].weights[name]))
+            yield self.module
+        finally:
+            for name, part in parts.items():
+                part.copy_(own[name])
+            fsdp.reshard(self.module)
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything to save, by file stem, on rank 0; a collective if the module is sharded.
+
+        The optimiser's tensors are named "parameter|key". AdamW's settings are those of the
+        configuration, and its learning rate that of the counters.
         """
         moments = {
             f"{name}|{key}": value
@@ -102,7 +157,8 @@ class Network:
         }
         averages = {f"{self.name}.ema-{half}": ema.weights for half, ema in self.ema.items()}
         weights = self.module.state_dict()
-        return {self.name: weights, f"{self.name}.optimizer": moments, **averages}
+        files = {self.name: weights, f"{self.name}.optimizer": moments, **averages}
+        return {stem: fsdp.gathered(tensors) for stem, tensors in files.items()}
 
     def values(self) -> dict[str, object]:
         """Counters to save as JSON."""
@@ -112,13 +168,17 @@ class Network:
     def load(self, state: Path) -> None:
         """Take over a saved state; its configuration was compared before."""
         saved = json.loads((state / "state.json").read_bytes())["networks"][self.name]
-        self.module.load_state_dict(read_tensors(state, self.name))
+        present = self.module.state_dict()
+        weights = read_tensors(state, self.name)
+        self.module.load_state_dict({k: fsdp.like(v, present[k]) for k, v in weights.items()})
         for half, ema in self.ema.items():
             ema.load(read_tensors(state, f"{self.name}.ema-{half}"))
         self.optimizer.state.clear()
         for full_key, value in read_tensors(state, f"{self.name}.optimizer").items():
             name, _, key = full_key.rpartition("|")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][key] = value.to(parameter.device)
+            # fused AdamW walks memory: a moment must lie as its parameter does (channels last)
+            place = torch.empty_like(parameter, dtype=value.dtype) if value.ndim else value
+            self.optimizer.state[parameter][key] = place.copy_(value).to(parameter.device)
         self.scaler.load_state_dict(saved["scaler"])
         self.updates, self.skips = saved["updates"], saved["skips"]

@@ -101,7 +101,7 @@ def test_guidance_in_one_forward_equals_two():
     apart, (with_graph,) = teacher.with_features(x_t.requires_grad_(), t, cond, ["mid_block"])
     torch.testing.assert_close(x0, apart, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(feature, with_graph, rtol=1e-5, atol=1e-5)
-    assert with_graph.requires_grad
+    assert with_graph.requires_grad and not apart.requires_grad and torch.is_grad_enabled()
     assert guided(denoiser, None, None) is denoiser and guided(denoiser, 1.0, None) is denoiser
     with pytest.raises(ValueError, match=r"guidance 2: this teacher has no unconditional branch"):
         guided(denoiser, 2.0, None)
@@ -117,9 +117,11 @@ def test_features_stop_the_forward_and_equal_the_full_one():
     names = ["mid_block", "down_blocks.0"]
     early = denoiser.features(x_t, t, cond, names)
     assert not ran, "the decoder ran although only encoder features were asked for"
-    x0, full = denoiser.with_features(x_t, t, cond, names)
+    graph = []
+    net.up_blocks[1].register_forward_hook(lambda *parts: graph.append(parts[-1].requires_grad))
+    x0, full = denoiser.with_features(x_t.requires_grad_(), t, cond, names)
     handle.remove()
-    assert ran
+    assert ran and graph == [False], "the decoder built a graph that no loss on features needs"
     for a, b in zip(early, full, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(x0, denoiser(x_t, t, cond))
