@@ -13,6 +13,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffdiv.counters import Counters, cuda_autocast
@@ -134,11 +135,21 @@ def plan_cycle(spec: PlanSpec) -> Plan:
     per_cycle = dict.fromkeys(("fake score", "discriminator"), spec.critic_updates)
     flops = {phase: count * per_cycle.get(phase, 1) for phase, count in counters.flops.items()}
     factors = {"optimiser": _EIGHT_BITS} if spec.optimizer_bits == 8 else {}
+    if spec.base_dtype == "int8":
+        factors["frozen weights"] = _int8_share(nets["base"])
     peaks = {
         phase: {kind: int(size * factors.get(kind, 1)) for kind, size in kinds.items()}
         for phase, kinds in counters.peaks.items()
     }
     return Plan(spec, peaks, flops, trained)
+
+
+def _int8_share(base: nn.Module) -> float:
+    """Bytes of a bfloat16 network with int8 linear layers, as a share of what it has now."""
+    own = [(n, m) for n, m in base.named_modules() if ".lora_" not in n]
+    linear = sum(m.weight.numel() for _, m in own if isinstance(m, nn.Linear))
+    everything = sum(p.numel() for n, p in base.named_parameters() if ".lora_" not in n)
+    return 1 - linear / (2 * everything)
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,9 @@ def knobs(plan: Plan) -> Iterator[Knob]:
     if spec.base_dtype == "fp32":
         yield scaled("bf16 base", frozen_weights=0.5)
     if spec.student_rank and spec.fake_rank:
+        if spec.base_dtype == "bf16":
+            share = _int8_share(build_networks(spec)["base"])
+            yield scaled("int8 base (linear layers)", frozen_weights=share)
         heads = plan.trained.get("disc", 0) / sum(plan.trained.values())
         kinds = ("trained_weights", "gradients", "optimiser")
         yield scaled("LoRA rank halved", EMA=0.5, **dict.fromkeys(kinds, (1 + heads) / 2))

@@ -53,7 +53,7 @@ class PlanSpec:
         student_rank: LoRA rank of the student on the shared base; None = a full copy.
         fake_rank: likewise of the fake score.
         checkpointing: activations inside U-Net blocks are computed again in the backward.
-        base_dtype: of the frozen weights.
+        base_dtype: of the frozen weights; int8 = linear layers, planned as bf16 and scaled.
         trained_dtype: of full copies; adapters and heads are float32.
         precision: of autocast; fp32 = off.
         critic_updates: per student update.
@@ -72,7 +72,7 @@ class PlanSpec:
     student_rank: int | None = None
     fake_rank: int | None = None
     checkpointing: bool = True
-    base_dtype: Precision = "bf16"
+    base_dtype: Literal["fp32", "bf16", "int8"] = "bf16"
     trained_dtype: Precision = "fp32"
     precision: Precision = "bf16"
     critic_updates: int = 5
@@ -86,7 +86,8 @@ class PlanSpec:
 
 def build_networks(spec: PlanSpec) -> dict[str, nn.Module]:
     """Frozen base, student, fake score, and VAE and text encoders if wanted; meta device."""
-    base = build_unet(spec.architecture, DTYPES[spec.base_dtype])
+    base_dtype = torch.float32 if spec.base_dtype == "fp32" else torch.bfloat16
+    base = build_unet(spec.architecture, base_dtype)
     shared, targets = SharedBase(base), lora_targets(base)
     nets: dict[str, nn.Module] = {"base": base}
     for role, rank in (("student", spec.student_rank), ("fake", spec.fake_rank)):
@@ -100,7 +101,7 @@ def build_networks(spec: PlanSpec) -> dict[str, nn.Module]:
     if spec.checkpointing:
         enable_checkpointing(shared)
     if spec.text_on_gpu:
-        nets["text"] = build_text_encoders(spec.architecture, DTYPES[spec.base_dtype])
+        nets["text"] = build_text_encoders(spec.architecture, base_dtype)
     if spec.vae_images is not None:
         nets["VAE"] = build_vae(spec.architecture)
     return nets

@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 import builders
@@ -220,6 +221,9 @@ def test_knobs_agree_with_plans_made_anew() -> None:
     assert peaks["LoRA rank halved"] == pytest.approx(halved, rel=0.1)
     assert peaks["8-bit optimiser moments"] == plan_cycle(replace(spec, optimizer_bits=8)).peak
     assert peaks["batch halved"] < plan.peak < peaks["checkpointing off"]
+    half = replace(spec, base_dtype="bf16", precision="bf16")
+    by_knob = {knob.name: knob.peak for knob in islice(knobs(plan_cycle(half)), 4)}
+    assert by_knob["int8 base (linear layers)"] == plan_cycle(replace(half, base_dtype="int8")).peak
 
 
 def test_verdict_and_tables() -> None:

@@ -100,6 +100,7 @@ class SharedBase:
         trains = {parameter: parameter.requires_grad for parameter in self.net.parameters()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several: intended
+            warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # nothing is merged into int8
             # on the meta device: no time spent on, and no global random numbers for, its own values
             inject_adapter_in_model(config, self.net, name, low_cpu_mem_usage=True)
         for parameter in self.net.parameters():
@@ -220,6 +221,38 @@ def enable_checkpointing(network: nn.Module | SharedBase) -> None:
     net.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
 
+def compile_blocks(net: nn.Module, *, backend: str = "inductor") -> None:
+    """torch.compile of a diffusers backbone's repeated blocks: one compilation serves them all.
+
+    A block is compiled anew for each role, with and without gradient, for each batch size; past
+    torch's limit of eight it would run uncompiled without a word, so the limit is raised.
+
+    Raises:
+        ValueError: if diffusers names no repeated block of this network (UNet2DModel has none).
+    """
+    if not (isinstance(net, ModelMixin) and net._repeated_blocks):
+        raise ValueError(f"diffusers names no blocks of {type(net).__name__} to be compiled")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    net.compile_repeated_blocks(backend=backend)
+
+
+def quantise_linears(net: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Hold the weights of a frozen network's linear layers as int8, one scale a row (torchao).
+
+    They are read in ``dtype``; gradient passes to their inputs, never to them. Autocast does not
+    reach them, so what they are given is cast here.
+    """
+    from torchao.quantization import (  # type: ignore[import-not-found]  # an extra
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
+
+    quantize_(net, Int8WeightOnlyConfig())
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+
+
 @torch.no_grad()
 def merged_state_dict(view: AdapterView) -> dict[str, Tensor]:
     """Weights of a plain network equal to the base with this adapter on.
@@ -251,7 +284,12 @@ class Lora(Protocol):
 
 
 def trained_copies(
-    net: nn.Module, roles: Mapping[str, Lora | None], *, seed: int, checkpointing: bool
+    net: nn.Module,
+    roles: Mapping[str, Lora | None],
+    *,
+    seed: int,
+    checkpointing: bool,
+    compiled: bool = False,
 ) -> dict[str, nn.Module]:
     """Networks to train that start as ``net``: full float32 copies, or adapters on ``net`` itself.
 
@@ -260,6 +298,7 @@ def trained_copies(
         roles: name -> adapter settings, or None for a full copy.
         seed: of the adapters' initial weights.
         checkpointing: recompute activations in every backward.
+        compiled: repeated blocks go through torch.compile, of ``net`` too.
     """
     net.requires_grad_(False)
     names = [name for name, lora in roles.items() if lora is None]
@@ -277,4 +316,7 @@ def trained_copies(
         enable_checkpointing(shared)
         for name in names:
             enable_checkpointing(found[name])
+    if compiled:
+        for network in (net, *(found[name] for name in names)):
+            compile_blocks(network)
     return found
