@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -98,7 +98,7 @@ def plan(
 def sample(
     path: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images in all; prompts take turns.")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("samples"),
 ) -> None:
@@ -111,17 +111,55 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Run,
+    path: Model,
     num: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 1000,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A second copy of evaluation.json.")] = None,
-    inception: Annotated[Path | None, typer.Option(exists=True, help="Weights for FID.")] = None,
-    clip: Annotated[Path | None, typer.Option(exists=True, help="CLIP model folder.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Weights for FID.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="CLIP model folder.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(exists=True, help="Captioned images, as COCO's; for any model.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="With --data: where generated images are kept.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="With --data: pixels before FID; 256.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --data: images at once; 16.")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="With --data: of generation; fp32.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="With --data: of a pipeline; its own.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="With --data: of a pipeline; its own.")
+    ] = None,
 ) -> None:
-    """Measure teacher and student, and say exactly how (a metric card)."""
-    from diffdiv.evaluate import evaluate_path
+    """Measure a run's teacher and student, or any model on captioned images: a metric card."""
+    how = {"size": size, "batch": batch, "dtype": dtype, "steps": steps, "guidance": guidance}
+    given = [name for name, value in {**how, "images": images}.items() if value is not None]
+    if data is not None:
+        from diffdiv.evaluate_captions import Protocol, evaluate_captions
 
-    result = evaluate_path(run, num=num, seed=seed, out=out, inception=inception, clip=clip)
+        result = evaluate_captions(
+            path,
+            Protocol(data, num, seed, size or 256, batch or 16, inception, clip),
+            dtype=dtype or "fp32",
+            steps=steps,
+            guidance=guidance,
+            images=images,
+            out=out,
+        )
+    elif given:
+        raise ValueError(f"--{', --'.join(given)}: only with --data FOLDER")
+    else:
+        from diffdiv.evaluate import evaluate_path
+
+        result = evaluate_path(path, num=num, seed=seed, out=out, inception=inception, clip=clip)
     _out.print(to_yaml(result), end="")
 
 

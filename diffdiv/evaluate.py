@@ -12,8 +12,9 @@ from torch import Tensor
 from diffdiv.core.noise import normal
 from diffdiv.data.digits import Attributes, PromptedDigits, load_digits, paint_red
 from diffdiv.metrics.card import Evaluation, Row, metric_card, write_evaluation
+from diffdiv.metrics.clip import clip_score, require_clip
 from diffdiv.metrics.frechet import frechet_distance
-from diffdiv.metrics.images import clip_score, image_metrics
+from diffdiv.metrics.images import image_metrics, require_inception
 from diffdiv.metrics.judge import (
     WEIGHTS_NAME,
     attribute_accuracy,
@@ -99,6 +100,7 @@ def images_exam(source: Source, num: int, inception: Path | None) -> Exam:
     """FID, KID, precision and recall against as many training images, by Inception features."""
     if inception is None:
         raise ValueError("image folders are marked by FID: give the weights with --inception FILE")
+    require_inception(inception)
 
     def mark(images: Tensor) -> dict[str, float]:
         real = (source.real_on(torch.device("cpu"), [i])[0] for i in range(num))
@@ -110,12 +112,18 @@ def images_exam(source: Source, num: int, inception: Path | None) -> Exam:
 def prompts_exam(source: Source, num: int, clip: Path | None) -> Exam:
     """CLIP score of the prompts' images."""
     if clip is None:
-        raise ValueError("prompts are marked by CLIP score: give a model folder with --clip FOLDER")
+        raise ValueError(
+            "prompts are marked by CLIP score: give a model folder with --clip FOLDER (and FID is "
+            "measured on captioned images: --data FOLDER)"
+        )
+    require_clip(clip)
 
     def mark(images: Tensor) -> dict[str, float]:
         return {"clip_score": clip_score(images, source.captions(range(num)), clip)}
 
-    return Exam(source.conditions, mark, f"CLIP ({clip.name})", None)
+    weights = clip / "model.safetensors"  # not there: in several shards
+    hashed = weights if weights.is_file() else None
+    return Exam(source.conditions, mark, f"CLIP ({clip.name})", hashed)
 
 
 def evaluate_path(

@@ -21,7 +21,7 @@ from diffdiv.data.captions import CaptionedImages
 from diffdiv.data.digits import IMAGE_SIZE, PromptedDigits, load_digits
 from diffdiv.data.images import ImageFolder
 from diffdiv.data.prompts import PromptFile
-from diffdiv.models.backbones import LatentCodec, PromptEncoder, num_labels, sample_shape
+from diffdiv.models.backbones import LatentCodec, PromptEncoder, num_labels, stored_shape
 from diffdiv.models.denoiser import Condition, Denoiser
 
 Samples = tuple[Tensor, Condition]
@@ -339,7 +339,7 @@ def open_source(
     Raises:
         ValueError: if the teacher and the data do not fit.
     """
-    wanted, labels = sample_shape(teacher.net), num_labels(teacher.net)
+    wanted, labels = stored_shape(teacher_path), num_labels(teacher.net)
     match kind:
         case "prompted_digits":
             source = prompted_digits(teacher_path, seed=seed, device=device)

@@ -47,22 +47,26 @@ def tiny_text_encoder(vocabulary: int = 64) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def tiny_stable_diffusion(folder: Path, scheduler: SchedulerMixin | None = None) -> Path:
-    """Write a random text-to-image pipeline (8x8 latents, 16x16 images) and return its folder."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
+def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    """Stable Diffusion's network on 8x8 latents, two levels of width 8 and 16; random."""
+    settings = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**settings, **changes})
+
+
+def tiny_vae(shift_factor: float | None = None) -> AutoencoderKL:
+    """16x16 images <-> 8x8 latents of 4 channels."""
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
@@ -71,9 +75,18 @@ def tiny_stable_diffusion(folder: Path, scheduler: SchedulerMixin | None = None)
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         sample_size=16,
+        shift_factor=shift_factor,
     )
+
+
+def tiny_stable_diffusion(
+    folder: Path, scheduler: SchedulerMixin | None = None, **unet_changes: object
+) -> Path:
+    """Write a random text-to-image pipeline (8x8 latents, 16x16 images) and return its folder."""
+    torch.manual_seed(0)
+    unet = tiny_unet(**unet_changes)
     pipe = StableDiffusionPipeline(
-        vae=vae,
+        vae=tiny_vae(),
         text_encoder=tiny_text_encoder(),
         tokenizer=tiny_tokenizer(folder / "scratch"),
         unet=unet,

@@ -5,8 +5,6 @@ the times it ran and the step counts it refused.
 """
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,45 +14,19 @@ import yaml
 from builders import (
     stable_diffusion_scheduler,
     tiny_stable_diffusion,
-    tiny_text_encoder,
-    tiny_tokenizer,
     tiny_unet2d,
-)
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stock_reader import check_export, distance, read_exports, trained_student
+from tiny_pipelines import PIPELINES, write_pipeline
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    Gemma2Config,
-    Gemma2Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from diffdiv.evaluate import evaluate_path
 from diffdiv.export import export_lora, export_run, export_unet2d
 from diffdiv.generate import sample_path
 from diffdiv.models.adapters import SharedBase
-from diffdiv.models.backbones import PromptEncoder, load_denoiser
+from diffdiv.models.backbones import load_denoiser
 from diffdiv.models.families import lora_targets
 from diffdiv.models.generator import Generator
 from diffdiv.runtime.checkpoint import save_state
@@ -79,232 +51,6 @@ CASES = {
     **{f"{kind}-4": (kind, 1.0, "unit", 4, None) for kind in ("sd3", "flux", "sana")},
     "sd3-3-lora": ("sd3", 1.0, "unit", 3, LORA),
 }
-READER = """
-import inspect, json, sys
-from pathlib import Path
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "diffdiv":
-            raise ImportError("blocked")
-
-sys.meta_path.insert(0, Blocker())
-import diffusers, torch
-from safetensors.torch import load_file, save_file
-
-root = Path(sys.argv[1])
-found, facts = {}, {}
-
-def pipelines():
-    for folder in sorted((root / "exports").iterdir()):
-        yield folder.name, diffusers.AutoPipelineForText2Image.from_pretrained(folder), folder
-    for folder in sorted((root / "adapters").iterdir()):
-        teacher = (root / f"{folder.name}.txt").read_text()
-        base = diffusers.AutoPipelineForText2Image.from_pretrained(teacher)
-        kind = json.loads((folder / "scheduler/scheduler_config.json").read_text())["_class_name"]
-        base.scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
-        base.load_lora_weights(folder)
-        yield f"{folder.name}/adapter", base, folder
-
-for name, pipe, folder in pipelines():
-    pipe.set_progress_bar_config(disable=True)
-    z = load_file(root / "z.safetensors")["z"]
-    call = json.loads((folder / "export.json").read_text())["call"]
-    steps = call.pop("num_inference_steps")
-    call |= {"prompt": sys.argv[2:], "output_type": "latent"}
-    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
-        call["use_resolution_binning"] = False
-    flux = isinstance(pipe, diffusers.FluxPipeline)
-    if flux:
-        z = pipe._pack_latents(z, *z.shape)
-        call |= {"height": 8 * pipe.vae_scale_factor, "width": 8 * pipe.vae_scale_factor}
-    torch.manual_seed(5)
-    call |= {"latents": z, "generator": torch.Generator().manual_seed(5)}
-    x0 = pipe(num_inference_steps=steps, **call).images
-    again = torch.Generator().manual_seed(5)
-    draws = [x0, z] + [torch.randn(z.shape, generator=again) for _ in range(steps - 1)]
-    if flux:
-        size = 8 * pipe.vae_scale_factor
-        draws = [pipe._unpack_latents(d, size, size, pipe.vae_scale_factor) for d in draws]
-    found[f"{name}/x0"], found[f"{name}/z"] = draws[0], torch.cat(draws[1:], 1)
-    facts[name] = {"times": pipe.scheduler.timesteps.tolist(), "refused": []}
-    for other in {1, steps - 1, steps + 1} - {0, steps}:
-        try:
-            pipe(num_inference_steps=other, **call)
-        except ValueError:
-            facts[name]["refused"].append(other)
-facts["modules"] = [name for name in sys.modules if name.partition(".")[0] == "diffdiv"]
-save_file({k: v.contiguous() for k, v in found.items()}, root / "found.safetensors")
-(root / "facts.json").write_text(json.dumps(facts))
-"""
-
-
-def projected_encoder() -> CLIPTextModelWithProjection:
-    config = tiny_text_encoder().config.to_dict() | {"projection_dim": 16}
-    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
-
-
-def t5(width: int = 8) -> tuple[T5EncoderModel, T5Tokenizer]:
-    letters = [(f"{mark}{c}", -1.0) for c in "abcdefghijklmnopqrstuvwxyz" for mark in ("", "▁")]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    words = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    sizes = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = T5Config(vocab_size=len(words), **sizes)
-    return T5EncoderModel(config), words
-
-
-def vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        shift_factor=0.0,
-    )
-
-
-def sdxl(folder: Path) -> StableDiffusionXLPipeline:
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae(),
-        text_encoder=tiny_text_encoder(),
-        text_encoder_2=projected_encoder(),
-        tokenizer=tiny_tokenizer(folder / "1"),
-        tokenizer_2=tiny_tokenizer(folder / "2"),
-        unet=unet,
-        scheduler=stable_diffusion_scheduler(),
-        add_watermarker=False,
-    )
-
-
-def sd3(folder: Path) -> StableDiffusion3Pipeline:
-    encoder, words = t5(32)
-    net = SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=8,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
-    return StableDiffusion3Pipeline(
-        transformer=net,
-        vae=vae(),
-        text_encoder=projected_encoder(),
-        text_encoder_2=projected_encoder(),
-        text_encoder_3=encoder,
-        tokenizer=tiny_tokenizer(folder / "1"),
-        tokenizer_2=tiny_tokenizer(folder / "2"),
-        tokenizer_3=words,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-
-
-def flux(folder: Path) -> FluxPipeline:
-    encoder, words = t5()
-    net = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 2, 2),
-        guidance_embeds=True,
-    )
-    return FluxPipeline(
-        transformer=net,
-        vae=vae(),
-        text_encoder=tiny_text_encoder(),
-        tokenizer=tiny_tokenizer(folder / "1"),
-        text_encoder_2=encoder,
-        tokenizer_2=words,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )
-
-
-def pixart(folder: Path) -> PixArtAlphaPipeline:
-    encoder, words = t5()
-    net = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=6,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=12,
-        caption_channels=8,
-        sample_size=8,
-        norm_num_groups=4,
-    )
-    parts = {"transformer": net, "vae": vae(), "scheduler": DDPMScheduler(clip_sample=False)}
-    return PixArtAlphaPipeline(text_encoder=encoder, tokenizer=words, **parts)
-
-
-def sana(folder: Path) -> SanaPipeline:
-    _, words = t5()
-    config = Gemma2Config(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    net = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_layers=1,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=8,
-        patch_size=1,
-        timestep_scale=2.0,
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
-    )
-    codec = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "ResBlock"),
-        decoder_block_types=("ResBlock", "ResBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-    )
-    parts = {"transformer": net, "vae": codec, "scheduler": scheduler}
-    return SanaPipeline(text_encoder=Gemma2Model(config), tokenizer=words, **parts)
 
 
 def moved(weights: dict[str, Tensor], scale: float = 0.05) -> dict[str, Tensor]:
@@ -340,11 +86,9 @@ def write_run(folder: Path, teacher: Path, case: tuple, data: str = "prompts") -
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs, their exports, and what stock diffusers makes of these."""
     root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
     tiny_stable_diffusion(root / "sd")
-    for build in (sdxl, sd3, flux, pixart, sana):
-        name = build.__name__
-        build(root / "scratch" / name).save_pretrained(root / name / "teacher")
+    for kind in PIPELINES:
+        write_pipeline(kind, root / kind)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     save_file({"z": z}, root / "z.safetensors")
     (root / "adapters").mkdir()
@@ -355,49 +99,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if student[-1]:
             export_lora(run, root / "adapters" / name)
             (root / f"{name}.txt").write_text(str(teacher))
-    subprocess.run([sys.executable, "-I", "-c", READER, root, *PROMPTS], check=True)
+    read_exports(root, PROMPTS)
     return root
 
 
 def trained(world: Path, name: str) -> Generator:
-    """The student as it was trained: an adapter is on its base, not merged into it."""
-    kind, t_init, convention, steps, lora = CASES[name]
-    denoiser = load_denoiser(world / kind / "teacher")
-    weights = load_file(world / "runs" / name / "state/step-00000001/student.ema-500.safetensors")
-    net = denoiser.net
-    if lora:
-        options = {"rank": lora["rank"], "alpha": lora["alpha"], "seed": 0}
-        net = SharedBase(net).add("student", targets=lora_targets(net), **options)
-    net.load_state_dict(weights)
-    return Generator(denoiser.with_net(net), t_init, convention, steps)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    """The student of a run, an adapter not merged."""
+    weights = world / "runs" / name / "state/step-00000001/student.ema-500.safetensors"
+    return trained_student(world / CASES[name][0] / "teacher", load_file(weights), *CASES[name][1:])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plain_call_runs_the_trained_student(world: Path, name: str) -> None:
     found, facts = load_file(world / "found.safetensors"), read(world / "facts.json")
-    kind, _, convention, steps, lora = CASES[name]
-    student, cond = trained(world, name), PromptEncoder(world / kind / "teacher")(PROMPTS)
-    t = torch.tensor(student.times, dtype=torch.float64)
+    kind, _, _, steps, lora = CASES[name]
+    student, teacher = trained(world, name), world / kind / "teacher"
     for export in [name, f"{name}/adapter"] if lora else [name]:
-        z = found[f"{export}/z"]
-        assert z.shape[1] == steps * 4
-        with torch.no_grad():
-            x0 = student(z, cond)
-            untrained = student.with_net(load_denoiser(world / kind / "teacher").net)(z, cond)
-        assert distance(found[f"{export}/x0"], x0) < 1e-4
-        assert distance(found[f"{export}/x0"], found[f"{name}/x0"]) < 1e-4, "merged = adapter"
-        assert distance(untrained, x0) > 1e-2, "the test would not see the student's weights"
-        times = student.denoiser.schedule.net_time(t).tolist()
-        assert facts[export]["times"] == pytest.approx(times, rel=1e-6)
-        if student.denoiser.schedule.family == "flow":
-            refused = {1, steps - 1, steps + 1} if steps > 1 else set()
-        else:  # fewer steps stay among the times that were trained
-            refused = {steps + 1} if convention == "unit" else set()
-        assert set(facts[export]["refused"]) == refused
+        tensors = {key: found[f"{export}/{key}"] for key in ("x0", "z")}
+        check_export(tensors, facts[export], student, teacher, PROMPTS)
+        assert distance(tensors["x0"], found[f"{name}/x0"]) < 1e-4, "merged = adapter"
     call = read(world / "exports" / name / "export.json")["call"]
     assert call == {"num_inference_steps": steps, "guidance_scale": 3.5 if kind == "flux" else 0}
     assert facts["modules"] == []

@@ -25,7 +25,7 @@ import torch
 from PIL import ExifTags
 from torch import Tensor
 
-from diffdiv.core.noise import permuted
+from diffdiv.core.noise import permuted, uniform
 from diffdiv.data.images import SUFFIXES, ImageItems
 
 COLUMNS = ("caption", "text")
@@ -132,6 +132,19 @@ class CaptionedImages:
     def captions_of(self, rows: Sequence[int]) -> list[str]:
         """Captions of rows; no image is read."""
         return [self._usable[row].caption for row in rows]
+
+    def one_row_an_image(self) -> list[int]:
+        """A row of each image, in the order of the disk: which of its captions, the seed decides.
+
+        Images of different files are different images.
+        """
+        rows: dict[Path, list[int]] = {}
+        for row, item in enumerate(self._usable):
+            rows.setdefault(item.path, []).append(row)
+        drawn = uniform(seed=self._seed, purpose="caption", indices=range(len(rows))).tolist()
+        return [
+            several[int(u * len(several))] for several, u in zip(rows.values(), drawn, strict=True)
+        ]
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Captions of global sample indices; no image is read."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -46,6 +47,8 @@ def metric_card(
     command: str,
     weights: Path | None = None,
     ema_half_life: int | None = None,
+    resize: str = "none",
+    details: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Everything that decides a metric's value besides the model.
 
@@ -57,6 +60,8 @@ def metric_card(
         command: that repeats it.
         weights: file of the feature network; its hash goes into the card.
         ema_half_life: of the student's average, in images; None = the trained weights themselves.
+        resize: what is done to images before the features.
+        details: whatever else decides the figures.
     """
     return {
         "n": n,
@@ -64,17 +69,18 @@ def metric_card(
         "seed_rule": "noise of sample i is a function of (seed, i)",
         "features": features,
         "weights_sha256": None if weights is None else file_sha256(weights),
-        "resize": "none",
+        "resize": resize,
         "ema_half_life": ema_half_life,
         "device": str(device),
         "command": command,
+        **(details or {}),
         "versions": versions(),
     }
 
 
-def write_evaluation(run_folder: Path, rows: list[Row], card: dict[str, object]) -> Path:
-    """Write evaluation.json into the run folder; ValueError if a figure is not finite."""
+def write_evaluation(folder: Path, rows: list[Row], card: dict[str, object]) -> Path:
+    """Write evaluation.json into a folder; ValueError if a figure is not finite."""
     content: Evaluation = {"rows": rows, "card": card}
-    path = run_folder / "evaluation.json"
+    path = folder / "evaluation.json"
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path

@@ -1,12 +1,11 @@
-"""Distances between sets of images, and agreement of images with their prompts.
+"""Distances between sets of images.
 
 FID: Heusel et al., arXiv 1706.08500; KID: Binkowski et al., arXiv 1801.01401; precision and
-recall: Kynkaanniemi et al., arXiv 1904.06991; CLIP score: Hessel et al., arXiv 2104.08718. The
-first three compare features, and only features of one particular Inception network give numbers
-that may be called FID or KID. Nothing is downloaded.
+recall: Kynkaanniemi et al., arXiv 1904.06991. All compare features, and only features of one
+particular Inception network give numbers that may be called FID or KID. Nothing is downloaded.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from transformers import CLIPModel, CLIPProcessor
 
 from diffdiv.metrics.card import file_sha256
 from diffdiv.metrics.frechet import frechet_distance
@@ -33,6 +31,7 @@ def image_metrics(
     *,
     inception: Path | Features,
     cross_check: bool = False,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Frechet and kernel distance, precision and recall of generated against real images.
 
@@ -42,6 +41,7 @@ def image_metrics(
         inception: path of the Inception weights of FID, or another network that maps uint8 images
             [B, 3, H, W] to features [B, D].
         cross_check: also the Frechet distance by clean-fid's formula, from the same features.
+        device: of the Inception network.
 
     Returns:
         "fid", "kid", "precision" and "recall" with Inception weights, otherwise
@@ -54,9 +54,9 @@ def image_metrics(
     names = (
         ("fid", "kid") if isinstance(inception, Path) else ("frechet_distance", "kernel_distance")
     )
-    network = _inception(inception) if isinstance(inception, Path) else inception
+    network = _inception(inception, device) if isinstance(inception, Path) else inception
     features_fake, features_real = (
-        torch.cat([network(_to_uint8(batch)).float() for batch in batches])
+        torch.cat([network(to_uint8(batch)).float() for batch in batches])
         for batches in (fake, real)
     )
     fewest = min(len(features_real), len(features_fake))
@@ -66,7 +66,11 @@ def image_metrics(
         features_fake, features_real, kid_subset_size=min(fewest, 1000), verbose=False
     )
     overlap = prc_features_to_metric(
-        features_fake, features_real, prc_neighborhood=_NEIGHBOURS, verbose=False
+        features_fake,
+        features_real,
+        prc_neighborhood=_NEIGHBOURS,
+        save_cpu_ram=True,  # the same figures from parts of the matrix of distances
+        verbose=False,
     )
     metrics = {
         names[0]: frechet_distance(features_real, features_fake),
@@ -80,46 +84,19 @@ def image_metrics(
     return metrics
 
 
-@torch.no_grad()
-def clip_score(images: Tensor, prompts: Sequence[str], clip: Path) -> float:
-    """Mean of 100 max(0, cosine) between the CLIP embeddings of images and their prompts.
-
-    Args:
-        images: [B, 3, H, W] in [-1, 1].
-        prompts: one for each image; cut to the length CLIP knows.
-        clip: local transformers folder of a CLIP model with its processor.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if the numbers of images and prompts differ.
-    """
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images, but {len(prompts)} prompts")
-    if not (clip / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{clip}: no CLIP model there; the CLIP score needs a local copy of one, such as "
-            "openai/clip-vit-large-patch14 (MIT), as written by save_pretrained"
-        )
-    model = CLIPModel.from_pretrained(clip, use_safetensors=True, local_files_only=True)
-    model.float().eval()
-    processor = CLIPProcessor.from_pretrained(clip, local_files_only=True)
-    options = {"return_tensors": "pt", "padding": True, "truncation": True}
-    total = 0.0
-    for start in range(0, len(prompts), 64):
-        rows = slice(start, start + 64)
-        inputs = processor(text=prompts[rows], images=list(_to_uint8(images[rows])), **options)
-        out = model(**inputs)  # embeddings come normalised
-        total += float((out.image_embeds * out.text_embeds).sum(1).clamp_min(0).sum())
-    return 100 * total / len(images)
-
-
-def _to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> 0..255, as an image file would store it; grey becomes RGB."""
     rounded = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rounded.expand(-1, 3, -1, -1)
 
 
-def _inception(path: Path) -> Features:
+def require_inception(path: Path) -> None:
+    """Check that this is the file of the FID's weights.
+
+    Raises:
+        FileNotFoundError: if it is not there; says which it is and where it comes from.
+        ValueError: if it is another file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; FID needs {INCEPTION_FILE} (Apache-2.0) from the release v0.2.0"
@@ -128,7 +105,11 @@ def _inception(path: Path) -> Features:
     # torch-fidelity unpickles without restrictions: only the one published file may reach it.
     if file_sha256(path) != INCEPTION_SHA256:
         raise ValueError(f"{path}: is not {INCEPTION_FILE} (its SHA-256 differs), so gives no FID")
+
+
+def _inception(path: Path, device: torch.device | str) -> Features:
+    require_inception(path)
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-    )
-    return lambda images: network(images)[0]
+    ).to(device)
+    return lambda images: network(images.to(device))[0].cpu()

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 # concrete modules: mypy sees the placeholders of the lazy top level
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
@@ -21,6 +22,11 @@ from diffdiv.models.families import FAMILIES, latent_shape, schedule_for
 from diffdiv.models.families import call_sd_unet as call_sd_unet
 from diffdiv.models.families import call_unet2d as call_unet2d
 from diffdiv.models.text import PromptEncoder as PromptEncoder
+
+_VAES: Mapping[str, type[AutoencoderKL] | type[AutoencoderDC]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+}
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -59,7 +65,7 @@ def load_denoiser(path: Path, *, dtype: torch.dtype = torch.float32) -> Denoiser
         raise ValueError(f"{path / folder}: {error}") from None
     try:
         name = str(scheduler.get("_class_name", "DDPMScheduler"))
-        schedule, prediction = schedule_for(name, scheduler, latent_shape(config))
+        schedule, prediction = schedule_for(name, scheduler, stored_shape(path))
     except ValueError as error:
         raise ValueError(f"{path / 'scheduler'}: {error}") from None
     try:
@@ -72,9 +78,20 @@ def load_denoiser(path: Path, *, dtype: torch.dtype = torch.float32) -> Denoiser
     return Denoiser(net.eval(), call, schedule, prediction, sigma_data)
 
 
-def sample_shape(net: nn.Module) -> tuple[int, int, int]:
-    """Shape (channels, height, width) of the samples a loaded backbone was built for."""
-    return latent_shape(cast(UNet2DModel, net).config)
+def stored_shape(path: Path) -> tuple[int, int, int]:
+    """Shape (channels, height, width) of the samples of the network in a diffusers folder.
+
+    FLUX's network names no size; the image size that its VAE names stands for it.
+    """
+    folder = "transformer" if (path / "transformer").is_dir() else "unet"
+    config, vae = _read_json(path / folder / "config.json"), path / "vae/config.json"
+    channels, height, width = latent_shape(config)
+    if "sample_size" in config or not vae.is_file():
+        return channels, height, width
+    named = _read_json(vae)
+    levels = len(cast("list[int]", named["block_out_channels"]))
+    size = int(str(named["sample_size"])) // 2 ** (levels - 1)
+    return channels, size, size
 
 
 def num_labels(net: nn.Module) -> int:
@@ -135,20 +152,35 @@ def save_edm_teacher(
 
 
 class LatentCodec:
-    """AutoencoderKL of a pipeline folder: images in [-1, 1] <-> shifted and scaled latents."""
+    """VAE of a pipeline folder: images in [-1, 1] <-> shifted and scaled latents.
+
+    AutoencoderKL; or SANA's AutoencoderDC, which has no noise: its posterior is a point.
+
+    Args:
+        path: the pipeline folder.
+        device: of the VAE.
+
+    Raises:
+        ValueError: if its VAE is another one.
+    """
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        vae = AutoencoderKL.from_pretrained(
+        kind = str(_read_json(path / "vae/config.json").get("_class_name"))
+        if kind not in _VAES:
+            raise ValueError(f"{path / 'vae'}: {kind} is not one of {', '.join(_VAES)}")
+        vae = _VAES[kind].from_pretrained(
             path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.scale: float = vae.config.scaling_factor
-        self.shift: float = vae.config.shift_factor or 0.0
-        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        nn.Module.to(vae, device)
+        self.vae, config = vae.eval().requires_grad_(False), vae.config
+        self.scale = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0)
+        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        self.factor: int = 2 ** (len(levels) - 1)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """Shape of the latent of a square image of ``size`` pixels."""
-        return self.vae.config.latent_channels, size // self.factor, size // self.factor
+        return self.vae.config["latent_channels"], size // self.factor, size // self.factor
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
@@ -165,7 +197,11 @@ class LatentCodec:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the unscaled latents of images [B, 3, H, W]."""
-        found = self.vae.encode(images.to(self.vae.device)).latent_dist
+        images = images.to(self.vae.device)
+        if isinstance(self.vae, AutoencoderDC):
+            mean = self.vae.encode(images, return_dict=False)[0]
+            return mean, torch.zeros_like(mean)
+        found = self.vae.encode(images).latent_dist
         return found.mean, found.std
 
     def draw(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from diffdiv.metrics import images as module
 from diffdiv.metrics.card import metric_card, write_evaluation
+from diffdiv.metrics.clip import clip_score
 from diffdiv.metrics.frechet import frechet_distance
-from diffdiv.metrics.images import clip_score, image_metrics
+from diffdiv.metrics.images import image_metrics
 
 
 class Extractor(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from builders import tiny_stable_diffusion
+from builders import tiny_stable_diffusion, tiny_unet
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -40,19 +40,7 @@ TIME = torch.tensor([20.0, 400.0, 900.0], dtype=DOUBLE)
 
 def build_net(dtype: torch.dtype = DOUBLE) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    net = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=4,
-    )
-    return net.to(dtype).eval()
+    return tiny_unet().to(dtype).eval()
 
 
 def perturb(view: AdapterView, seed: int) -> AdapterView:

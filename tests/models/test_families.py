@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from diffdiv.core.tensor import expand_like
 from diffdiv.models.adapters import SharedBase, enable_checkpointing
-from diffdiv.models.backbones import load_denoiser, sample_shape
+from diffdiv.models.backbones import load_denoiser, stored_shape
 from diffdiv.models.denoiser import Condition, Denoiser, guided
 from diffdiv.models.families import (
     FAMILIES,
@@ -308,7 +308,7 @@ def test_a_folder_of_every_family_is_loaded(name: str, tmp_path: Path) -> None:
     scheduler(name).save_pretrained(tmp_path / "scheduler")
     loaded = load_denoiser(tmp_path)
     shape = (4, 128, 128) if "flux" in name else (4, 8, 8)
-    assert sample_shape(loaded.net) == shape
+    assert stored_shape(tmp_path) == shape
     x_t, times = draw(BATCH, 4, 8, 8), torch.tensor([300.0, 600.0])
     with torch.no_grad():
         expected = denoiser(name, net).call(net, x_t, times, cond)

@@ -1,4 +1,4 @@
-"""Prompt encoding of every family against its stock pipeline, from folders built here."""
+"""Prompt encoding of every family against its stock pipeline."""
 
 import inspect
 import json
@@ -7,152 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import TEXT_LENGTH
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
     DiffusionPipeline,
-    FluxPipeline,
-    PixArtAlphaPipeline,
     SanaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
+from tiny_pipelines import write_pipeline
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Config,
-    Gemma2Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from diffdiv.models.text import PromptEncoder
-from diffdiv.resources import find
 
 PROMPTS = ["a bold red seven on white", "one", "a bold red seven on white"]
-
-
-def tokenizer() -> CLIPTokenizer:
-    folder = find("assets/embedded_sd/tokenizer")
-    assert folder is not None
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def clip(width: int, *, projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    words = tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        projection_dim=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=words.model_max_length,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
-
-
-def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
-    letters = [(f"{mark}{c}", -1.0) for c in "abcdefghijklmnopqrstuvwxyz" for mark in ("", "▁")]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    words = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    config = T5Config(vocab_size=len(words), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return T5EncoderModel(config), words
-
-
-def sdxl(folder: Path, **options: object) -> Path:
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=24,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    pipe = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=clip(8, projected=False),
-        text_encoder_2=clip(16, projected=True),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(),
-        add_watermarker=False,
-        **options,
-    )
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def save_text(folder: Path, kind: type[DiffusionPipeline], **parts: object) -> Path:
-    """A folder with the text components alone; the network and the VAE are never loaded."""
-    kind(transformer=None, vae=None, scheduler=None, **parts).save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {key: ["diffusers", "Something"] for key in ("transformer", "vae", "scheduler")}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def sd3(folder: Path) -> Path:
-    encoder, words = t5()
-    return save_text(
-        folder,
-        StableDiffusion3Pipeline,
-        text_encoder=clip(8, projected=True),
-        text_encoder_2=clip(16, projected=True),
-        text_encoder_3=encoder,
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        tokenizer_3=words,
-    )
-
-
-def flux(folder: Path) -> Path:
-    encoder, words = t5()
-    clips = {"text_encoder": clip(8, projected=False), "tokenizer": tokenizer()}
-    return save_text(folder, FluxPipeline, **clips, text_encoder_2=encoder, tokenizer_2=words)
-
-
-def pixart(folder: Path) -> Path:
-    encoder, words = t5()
-    return save_text(folder, PixArtAlphaPipeline, text_encoder=encoder, tokenizer=words)
-
-
-def sana(folder: Path) -> Path:
-    _, words = t5()
-    config = Gemma2Config(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    return save_text(folder, SanaPipeline, text_encoder=Gemma2Model(config), tokenizer=words)
 
 
 def stock(folder: Path, prompts: list[str], **options: object) -> tuple[Tensor, ...]:
@@ -175,12 +40,12 @@ def _seed() -> None:
 
 
 def test_sdxl_hears_both_encoders_and_its_size(tmp_path: Path) -> None:
-    folder = sdxl(tmp_path)
+    folder = write_pipeline("sdxl", tmp_path)
     encode = PromptEncoder(folder)
     cond = encode(PROMPTS)
     text, _, pooled, _ = stock(folder, PROMPTS[:2], do_classifier_free_guidance=False)
     assert cond.text is not None and cond.pooled is not None and cond.time_ids is not None
-    assert cond.text.shape == (3, tokenizer().model_max_length, 24)
+    assert cond.text.shape == (3, TEXT_LENGTH, 32)
     assert torch.equal(cond.text, rows(text)[0]) and torch.equal(cond.pooled, rows(pooled)[0])
     assert cond.time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 3  # 8 latents, a VAE of factor 2
     sized = PromptEncoder(folder, image_size=(24, 40))(["one"])
@@ -189,8 +54,8 @@ def test_sdxl_hears_both_encoders_and_its_size(tmp_path: Path) -> None:
 
 
 def test_sdxl_without_a_prompt_is_zeros_or_the_empty_prompt(tmp_path: Path) -> None:
-    zeros = PromptEncoder(sdxl(tmp_path / "zeros"))([""])
-    folder = sdxl(tmp_path / "encoded", force_zeros_for_empty_prompt=False)
+    zeros = PromptEncoder(write_pipeline("sdxl", tmp_path / "zeros"))([""])
+    folder = write_pipeline("sdxl", tmp_path / "encoded", force_zeros_for_empty_prompt=False)
     encoded = PromptEncoder(folder)(["one", ""])[1:]
     text, _, pooled, _ = stock(folder, [""], do_classifier_free_guidance=False)
     assert not zeros.text.any() and not zeros.pooled.any()
@@ -201,7 +66,7 @@ def test_sdxl_without_a_prompt_is_zeros_or_the_empty_prompt(tmp_path: Path) -> N
 
 
 def test_sd3(tmp_path: Path) -> None:
-    folder = sd3(tmp_path)
+    folder = write_pipeline("sd3", tmp_path)
     options = {"prompt_2": None, "prompt_3": None}
     text, no_text, pooled, no_pooled = stock(folder, PROMPTS[:2], **options)
     encode = PromptEncoder(folder)
@@ -212,7 +77,7 @@ def test_sd3(tmp_path: Path) -> None:
 
 
 def test_flux(tmp_path: Path) -> None:
-    folder = flux(tmp_path)
+    folder = write_pipeline("flux", tmp_path)
     text, pooled, ids = stock(folder, PROMPTS[:2], prompt_2=None)
     cond = PromptEncoder(folder)(PROMPTS)
     assert torch.equal(cond.text, rows(text)[0]) and torch.equal(cond.pooled, rows(pooled)[0])
@@ -220,7 +85,7 @@ def test_flux(tmp_path: Path) -> None:
 
 
 def test_pixart(tmp_path: Path) -> None:
-    folder = pixart(tmp_path)
+    folder = write_pipeline("pixart", tmp_path)
     text, mask, no_text, no_mask = stock(folder, PROMPTS[:2])
     encode = PromptEncoder(folder)
     cond, uncond = encode(PROMPTS), encode([""])
@@ -231,7 +96,7 @@ def test_pixart(tmp_path: Path) -> None:
 
 
 def test_sana_puts_its_instruction_before_prompts_only(tmp_path: Path) -> None:
-    folder = sana(tmp_path)
+    folder = write_pipeline("sana", tmp_path)
     called = inspect.signature(SanaPipeline.__call__).parameters
     instruction = called["complex_human_instruction"].default
     encode = PromptEncoder(folder)
@@ -248,7 +113,7 @@ def test_sana_puts_its_instruction_before_prompts_only(tmp_path: Path) -> None:
 def test_each_prompt_is_encoded_once_and_the_cache_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = PromptEncoder(sdxl(tmp_path), cache_size=3)
+    encode = PromptEncoder(write_pipeline("sdxl", tmp_path), cache_size=3)
     asked: list[list[str]] = []
     inner: Callable[..., object] = encode._encode
 
