@@ -147,6 +147,8 @@ def plan_config(
         critic_updates=asked["critic_updates"],
         gan_blocks=tuple(gan["blocks"] or ("mid_block",)) if needs_ratio else None,
         gan_trunk=gan["trunk"],
+        optimizer_bits=8 if asked["optimizer"]["eight_bit"] else 32,
+        shards=processes if run["sharding"] == "fsdp2" else 1,
         num_ema=len(student["ema_half_lives"]),
         vae_images=None if is_cached else 1,
     )

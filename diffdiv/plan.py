@@ -134,9 +134,14 @@ def plan_cycle(spec: PlanSpec) -> Plan:
     }
     per_cycle = dict.fromkeys(("fake score", "discriminator"), spec.critic_updates)
     flops = {phase: count * per_cycle.get(phase, 1) for phase, count in counters.flops.items()}
-    factors = {"optimiser": _EIGHT_BITS} if spec.optimizer_bits == 8 else {}
+    factors: dict[str, float] = {}
+    if spec.optimizer_bits == 8:
+        factors["optimiser"] = _EIGHT_BITS
     if spec.base_dtype == "int8":
         factors["frozen weights"] = _int8_share(nets["base"])
+    if spec.shards > 1 and not (spec.student_rank or spec.fake_rank):
+        kinds = ("frozen weights", "trained weights", "gradients", "optimiser", "EMA")
+        factors |= {kind: factors.get(kind, 1) / spec.shards for kind in kinds}
     peaks = {
         phase: {kind: int(size * factors.get(kind, 1)) for kind, size in kinds.items()}
         for phase, kinds in counters.peaks.items()

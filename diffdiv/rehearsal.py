@@ -60,6 +60,7 @@ class PlanSpec:
         gan_blocks: tapped blocks of the discriminator; None = plain reverse KL without one.
         gan_trunk: whose features the heads read.
         optimizer_bits: of each AdamW moment; 8 = blocks of 256 values with one float32 scale.
+        shards: processes that share full networks among them (fsdp2).
         num_ema: averages of the student's trained weights, float32.
         text_on_gpu: the text encoders stay there, in ``base_dtype``.
         vae_images: images that the float32 VAE decodes at once there; None = it is elsewhere.
@@ -79,6 +80,7 @@ class PlanSpec:
     gan_blocks: tuple[str, ...] | None = ("mid_block",)
     gan_trunk: Literal["teacher", "fake"] = "teacher"
     optimizer_bits: Literal[8, 32] = 32
+    shards: int = 1
     num_ema: int = 1
     text_on_gpu: bool = False
     vae_images: int | None = None

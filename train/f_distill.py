@@ -10,6 +10,7 @@ score judges badly what it was just fitted to. Reverse KL with a GAN loss is DMD
 (arXiv 2405.14867).
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -25,8 +26,10 @@ class TeacherConfig(Config):
 
     path: ExistingFolder  # diffusers folder: a text-to-image pipeline, or UNet2DModel + scheduler
     guidance_scale: float | None = Field(None, ge=1)  # None: no guidance
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of its weights, and of a base that adapters share
+    # of its weights, and of a base that adapters share; int8: linear layers, the rest is bf16
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     checkpointing: bool = False  # recompute activations in the backward, in all networks
+    compile: bool = False  # torch.compile of the repeated blocks, in all networks
 
 
 class LoraConfig(Config):
@@ -34,7 +37,6 @@ class LoraConfig(Config):
 
     rank: int = Field(64, ge=1)
     alpha: int = Field(64, ge=1)  # the update is scaled by alpha / rank
-    targets: tuple[str, ...] | None = None  # ends of layer names; None: the family's usual ones
 
 
 class StudentConfig(Config):
@@ -118,9 +120,26 @@ class RecipeConfig(Config):
     t_range: tuple[float, float] = (0.02, 0.98)  # quantiles of the student's times (DMD2)
 
     @model_validator(mode="after")
-    def _bf16_under_autocast(self) -> Self:
-        if self.teacher.dtype == "bf16" and self.run.precision != "bf16":
-            raise ValueError("teacher.dtype 'bf16' needs run.precision 'bf16'")
+    def _dtype_can_be_had(self) -> Self:
+        dtype = self.teacher.dtype
+        if dtype != "fp32" and self.run.precision != "bf16":
+            raise ValueError(f"teacher.dtype {dtype!r} needs run.precision 'bf16'")
+        if dtype == "int8" and None in (self.student.lora, self.fake_lora):
+            raise ValueError("teacher.dtype 'int8' cannot be trained: set student.lora, fake_lora")
+        if dtype == "int8" and find_spec("torchao") is None:
+            raise ValueError("teacher.dtype 'int8' needs torchao: pip install 'diffdiv[memory]'")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        refused = {
+            "gan.r1 'exact' (it differentiates twice)": self.gan.r1 == "exact",
+            "optimizer.eight_bit": self.optimizer.eight_bit,
+            "teacher.compile": self.teacher.compile,
+        }
+        for setting, is_set in refused.items():
+            if self.run.sharding == "fsdp2" and is_set:
+                raise ValueError(f"{setting} cannot be had with run.sharding 'fsdp2'")
         return self
 
     @property
@@ -138,7 +157,7 @@ def main(config: RecipeConfig) -> None:
     from diffdiv.core.divergence import get_divergence
     from diffdiv.core.noise import normal, uniform
     from diffdiv.core.schedule import Noising
-    from diffdiv.models.adapters import trained_copies
+    from diffdiv.models.adapters import quantise_linears, trained_copies
     from diffdiv.models.backbones import load_denoiser
     from diffdiv.models.denoiser import guided
     from diffdiv.models.discriminator import heads_for
@@ -154,17 +173,22 @@ def main(config: RecipeConfig) -> None:
     # -- networks: student and fake score start as the teacher, full copies or adapters on it -----
     run = Run(config.run, main="student", resolved=config.model_dump(mode="json"))
     seed, gan, choice = config.run.seed, config.gan, config.student
-    dtype = torch.bfloat16 if config.teacher.dtype == "bf16" else torch.float32
+    dtype = torch.float32 if config.teacher.dtype == "fp32" else torch.bfloat16
     base = load_denoiser(config.teacher.path, dtype=dtype)
     # convolutions are faster with the channels last, on the CPU as on a GPU
     base.net.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
+    if config.teacher.dtype == "int8":
+        quantise_linears(base.net)
     source = open_source(
         config.data.kind, config.data.path, cache=config.data.cache,
         teacher_path=config.teacher.path, teacher=base, seed=seed, device=run.device,
     )  # fmt: skip
     teacher = guided(base, config.teacher.guidance_scale, source.uncond)
     roles = {"student": choice.lora, "fake": config.fake_lora}
-    nets = trained_copies(base.net, roles, seed=seed, checkpointing=config.teacher.checkpointing)
+    nets = trained_copies(
+        base.net, roles, seed=seed, checkpointing=config.teacher.checkpointing,
+        compiled=config.teacher.compile,
+    )  # fmt: skip
     options, ema = {"optimizer": config.optimizer}, choice.ema_half_lives
     student = run.add("student", nets["student"], lr=choice.lr, ema_half_lives=ema, **options)
     fake = base.with_net(run.add("fake", nets["fake"], lr=config.fake_lr, **options))
@@ -175,6 +199,7 @@ def main(config: RecipeConfig) -> None:
         with run.autocast():
             heads = heads_for(base, source.shape, source.conditions([0]), blocks, seed=seed)
         disc = run.add("disc", heads, lr=gan.lr, **options)
+    run.add_frozen(base.net)
     generator = Generator(
         base.with_net(student), choice.t_init, choice.input_convention, choice.num_steps
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffdiv.runtime.config import Config, OptimizerConfig, RunConfig
+from diffdiv.runtime.config import Config, OptimizerConfig, ReplicatedRunConfig
 from diffdiv.runtime.launch import run_recipe_file
 
 
@@ -62,7 +62,7 @@ class RecipeConfig(Config):
     """Everything a teacher's training depends on."""
 
     recipe: Literal["pretrain"] = "pretrain"
-    run: RunConfig
+    run: ReplicatedRunConfig
     data: DataConfig
     model: ModelConfig = ModelConfig()
     noise: NoiseConfig = NoiseConfig()

@@ -276,11 +276,10 @@ def merged_state_dict(view: AdapterView) -> dict[str, Tensor]:
 
 
 class Lora(Protocol):
-    """Settings of an adapter: rank, alpha (the update is scaled by alpha / rank), targets."""
+    """Settings of an adapter: rank and alpha (the update is scaled by alpha / rank)."""
 
     rank: int
     alpha: int
-    targets: tuple[str, ...] | None
 
 
 def trained_copies(
@@ -308,9 +307,12 @@ def trained_copies(
     shared = SharedBase(net)
     for number, (name, lora) in enumerate(roles.items()):
         if lora is not None:
-            targets = lora.targets or lora_targets(net)
             found[name] = shared.add(
-                name, rank=lora.rank, alpha=lora.alpha, targets=targets, seed=seed + number
+                name,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                targets=lora_targets(net),
+                seed=seed + number,
             )
     if checkpointing:
         enable_checkpointing(shared)

@@ -331,7 +331,8 @@ def density_ratio_loss(
         if r1 == "exact":
             penalty = r1_penalty(logits, x_t_real)
         else:
-            penalty = approximate_r1_penalty(logits, x_t_real, log_r_real, real.at.eps.roll(1, 0))
+            # the fake samples' noise: independent of x_t_real, however the batch is split
+            penalty = approximate_r1_penalty(logits, x_t_real, log_r_real, at.eps)
         metrics["disc/r1"] = penalty.detach()
         loss = loss + r1_gamma * penalty
     return loss, metrics

@@ -36,6 +36,7 @@ class RunConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: int = Field(gt=0)  # images per update, over all processes and micro-batches
     accumulation: int = Field(1, gt=0)  # micro-batches per update
+    sharding: Literal["none", "fsdp2"] = "none"  # full networks: a copy a process, or a share each
     steps: int = Field(gt=0)  # updates of the main network
     save_every: int | None = Field(None, gt=0)  # steps between states; None: only the last
     keep_states: int = Field(2, gt=0)
@@ -64,6 +65,16 @@ class RunConfig(Config):
             yield f"run.folder: {self.folder} cannot be written"
 
 
+class ReplicatedRunConfig(RunConfig):
+    """For recipes that read or write a whole network on one process."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.sharding != "none":
+            raise ValueError("sharding: this recipe keeps whole networks; set it to 'none'")
+        return self
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -75,6 +86,7 @@ class OptimizerConfig(Config):
     clip: float | None = Field(1.0, gt=0)  # global gradient norm; None: no clipping
     warmup_steps: int = Field(0, ge=0)
     decay_fraction: float = Field(0.0, ge=0, le=1)  # last part of the run, lr falls linearly to 0
+    eight_bit: bool = False  # moments in 8 bits (arXiv 2110.02861), by torchao
 
 
 def _locate(path: Path, kind: Literal["file", "folder"]) -> Path:

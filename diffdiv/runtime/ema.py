@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from diffdiv.runtime.fsdp import like
+
 
 class EMA:
     """Averaged copies of parameters; an image's influence halves after ``half_life`` images.
@@ -44,4 +46,4 @@ class EMA:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take over saved averages; KeyError if a name is missing."""
         for name, average in self.weights.items():
-            average.copy_(weights[name])
+            average.copy_(like(weights[name], average))

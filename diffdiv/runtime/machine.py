@@ -32,7 +32,8 @@ def make_accelerator(config: RunConfig, *, timeout_seconds: float) -> accelerate
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"several networks that take turns cannot train under {name}; "
-                "choose plain multi-GPU or multi-CPU in `accelerate config`"
+                "choose plain multi-GPU or multi-CPU in `accelerate config` "
+                "(weights spread over processes: run.sharding=fsdp2)"
             )
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout_seconds))
     return accelerate.Accelerator(

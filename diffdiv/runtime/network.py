@@ -1,7 +1,7 @@
-"""A network that a run trains: its parameters, AdamW, averages, and one update of all that."""
+"""A network that a run trains: its parameters, optimiser, averages, and one update of all that."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from diffdiv.runtime import fsdp
 from diffdiv.runtime.checkpoint import read_tensors
 from diffdiv.runtime.config import OptimizerConfig
 from diffdiv.runtime.ema import EMA
+from diffdiv.runtime.optimizer import load_moments, make_optimizer, moments, set_learning_rate
 
 
 def learning_rate_factor(config: OptimizerConfig, *, updates: int, progress: float) -> float:
@@ -30,26 +31,6 @@ def learning_rate_factor(config: OptimizerConfig, *, updates: int, progress: flo
 def is_adapted(net: nn.Module) -> bool:
     """Whether low-rank adapters lie on ``net``, or are all of it."""
     return any("lora_A" in name.split(".") for name, _ in net.named_parameters())
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), fused into one kernel; or torchao's with 8-bit moments.
-
-    Raises:
-        ValueError: if torchao is asked for and missing.
-    """
-    betas, decay = config.betas, config.weight_decay
-    if not config.eight_bit:
-        return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, fused=True)
-    try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]  # an extra
-    except ImportError:
-        raise ValueError(
-            "optimizer.eight_bit: torchao is not installed (pip install 'diffdiv[memory]')"
-        ) from None
-    return AdamW8bit(parameters, lr, betas, weight_decay=decay)
 
 
 class Network:
@@ -109,11 +90,7 @@ class Network:
         """Clip by the norm already known, step, average."""
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         for ema in self.ema.values():
             ema.update(self.parameters, images=images, images_seen=(self.updates + 1) * images)
@@ -147,17 +124,12 @@ class Network:
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything to save, by file stem, on rank 0; a collective if the module is sharded.
 
-        The optimiser's tensors are named "parameter|key". AdamW's settings are those of the
-        configuration, and its learning rate that of the counters.
+        AdamW's settings are those of the configuration, and its learning rate that of the counters.
         """
-        moments = {
-            f"{name}|{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
         averages = {f"{self.name}.ema-{half}": ema.weights for half, ema in self.ema.items()}
         weights = self.module.state_dict()
-        files = {self.name: weights, f"{self.name}.optimizer": moments, **averages}
+        state = moments(self.optimizer, self.parameters)
+        files = {self.name: weights, f"{self.name}.optimizer": state, **averages}
         return {stem: fsdp.gathered(tensors) for stem, tensors in files.items()}
 
     def values(self) -> dict[str, object]:
@@ -173,12 +145,7 @@ class Network:
         self.module.load_state_dict({k: fsdp.like(v, present[k]) for k, v in weights.items()})
         for half, ema in self.ema.items():
             ema.load(read_tensors(state, f"{self.name}.ema-{half}"))
-        self.optimizer.state.clear()
-        for full_key, value in read_tensors(state, f"{self.name}.optimizer").items():
-            name, _, key = full_key.rpartition("|")
-            parameter = self.parameters[name]
-            # fused AdamW walks memory: a moment must lie as its parameter does (channels last)
-            place = torch.empty_like(parameter, dtype=value.dtype) if value.ndim else value
-            self.optimizer.state[parameter][key] = place.copy_(value).to(parameter.device)
+        state_dict = read_tensors(state, f"{self.name}.optimizer")
+        load_moments(self.optimizer, self.parameters, state_dict)
         self.scaler.load_state_dict(saved["scaler"])
         self.updates, self.skips = saved["updates"], saved["skips"]

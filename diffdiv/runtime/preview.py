@@ -1,18 +1,18 @@
 """Sample grids during training: the student at fixed prompts and noise, the teacher beside it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
 from diffdiv.core.noise import normal
 from diffdiv.models.denoiser import Condition
+from diffdiv.runtime.resume import any_rank
 from diffdiv.runtime.run import Run
 from diffdiv.runtime.yaml_io import replace_text
 from diffdiv.sources import Source
@@ -22,23 +22,13 @@ _COLUMNS = 8
 Sampler = Callable[[Tensor, Condition], Tensor]
 
 
-class WithWeights(nn.Module):
-    """A module called with other weights (an average) in place of its own, without a copy."""
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._call = lambda args, kwargs: functional_call(module, dict(weights), args, kwargs)
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return self._call(args, kwargs)
-
-
 @dataclass(frozen=True)
 class Preview:
     """Draws ``samples/step-*.png`` and, once, ``samples/teacher.png`` and ``captions.json``.
 
     Attributes:
-        run: whose folder, step and averaged weights are used; only rank 0 draws.
+        run: whose folder, step and averaged weights are used. All ranks draw, for a sharded
+            network needs them; rank 0 writes.
         source: conditions, captions, decoding.
         name: of the network that is shown.
         half_life: of its average, in images.
@@ -58,26 +48,27 @@ class Preview:
 
     def show(self) -> None:
         """Draw at the present step (and the teacher if that was not done yet)."""
-        if not self.run.is_main:
-            return
-        folder, source = self.run.folder / "samples", self.source
+        run, source = self.run, self.source
+        folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
         shape = self.noise_shape or source.shape
-        z = normal(shape, seed=self.run.config.seed, purpose="z", indices=_INDICES)
-        z, cond = z.to(self.run.device), source.conditions(_INDICES).to(self.run.device)
-        with torch.no_grad():
-            if self.teacher is not None and not (folder / "teacher.png").is_file():
-                first = z[:, : source.shape[0]]
-                self._save(folder / "teacher.png", self.teacher(first, cond))
-            module = self.run.networks[self.name].module
-            shown = WithWeights(module, self.run.ema_weights(self.name, self.half_life))
-            x0 = self.sampler_with(shown)(z, cond)
-            self._save(folder / f"step-{self.run.step:08d}.png", x0)
+        z = normal(shape, seed=run.config.seed, purpose="z", indices=_INDICES)
+        z, cond = z.to(run.device), source.conditions(_INDICES).to(run.device)
+        is_missing = run.is_main and not (folder / "teacher.png").is_file()
+        if self.teacher is not None and any_rank(is_missing, run.device):
+            with torch.no_grad():
+                self._save(folder / "teacher.png", self.teacher(z[:, : source.shape[0]], cond))
+        with run.averaged(self.name, self.half_life) as net:
+            x0 = self.sampler_with(net)(z, cond)
+        self._save(folder / f"step-{run.step:08d}.png", x0)
         grid = {"rows": len(_INDICES) // _COLUMNS, "columns": _COLUMNS}
         captions = {"prompts": source.captions(_INDICES), **grid}
-        replace_text(folder / "captions.json", json.dumps(captions, indent=1))
+        if run.is_main:
+            replace_text(folder / "captions.json", json.dumps(captions, indent=1))
 
     def _save(self, file: Path, x0: Tensor) -> None:
+        if not self.run.is_main:
+            return
         images = (self.source.decode(x0) + 1) / 2
         if images.shape[-1] < 64:  # small worlds are looked at enlarged, pixel by pixel
             images = interpolate(images, scale_factor=64 // images.shape[-1], mode="nearest")

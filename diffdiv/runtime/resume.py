@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate.utils import gather  # type: ignore[import-untyped]  # ships no types
@@ -13,8 +14,17 @@ from diffdiv.runtime.checkpoint import CheckpointError, scan
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     f"run.{key}"
-    for key in "folder device steps save_every log_every sample_every keep_states trackers".split()
+    for key in "folder device sharding steps save_every log_every sample_every keep_states "
+    "trackers".split()
 }
+
+
+class Stateful(Protocol):
+    """Something besides the networks that a run must remember."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> object: ...
 
 
 def any_rank(claim: bool, device: torch.device) -> bool:

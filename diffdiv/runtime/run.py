@@ -16,37 +16,28 @@ processes see the samples that one would see.
 
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from diffdiv.runtime import resume
+from diffdiv.runtime import fsdp, resume
 from diffdiv.runtime.checkpoint import CheckpointError, read_tensors, remove_leftovers, save_state
 from diffdiv.runtime.config import OptimizerConfig, RunConfig, dump_yaml
 from diffdiv.runtime.journal import Journal
 from diffdiv.runtime.launch import INTERRUPTED
 from diffdiv.runtime.machine import make_accelerator, versions
-from diffdiv.runtime.network import Network, learning_rate_factor
+from diffdiv.runtime.network import Network, is_adapted, learning_rate_factor
+from diffdiv.runtime.resume import Stateful
+from diffdiv.runtime.signals import StopRequest
 
 SKIPS_IN_A_ROW = 10
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stateful(Protocol):
-    """Something besides the networks that a run must remember."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor], /) -> object: ...
 
 
 class Run:
@@ -79,6 +70,8 @@ class Run:
         self.is_main = self.rank == 0
         for problem in config.problems(self.world_size):
             raise ValueError(problem)
+        is_shared = config.sharding == "fsdp2" and self.world_size > 1
+        self._mesh = fsdp.processes_mesh(self.device) if is_shared else None
         torch.manual_seed(config.seed)
         self.networks: dict[str, Network] = {}
         self.phase = "setting up"
@@ -87,7 +80,7 @@ class Run:
         self._turn: tuple[str, ...] = ()
         self._micro: tuple[int, int] | None = None  # number of this micro-batch, of how many
         self._boundary = 0  # updates of all networks when the main one last moved
-        self._signal: int | None = None
+        self._stop = StopRequest()
         self._closing = ExitStack()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.folder, rank=self.rank, device=self.device, steps=config.steps)
@@ -115,13 +108,19 @@ class Run:
 
         Returns:
             The module to call in the network's own turn; elsewhere call ``net``.
+
+        Raises:
+            ValueError: if there is nothing to train, or the optimiser cannot be had.
         """
         if name in self.networks or not any(p.requires_grad for p in net.parameters()):
             raise ValueError(f"network {name!r} was already added, or has nothing to train")
-        net.to(self.device)
-        # Wrapped while exactly the trained parameters require gradients: DDP never synchronises
-        # those that were frozen when it was built.
-        trained = self._accelerator.prepare_model(net)
+        self.add_frozen(net)
+        if fsdp.is_sharded(net):
+            trained = net
+        else:
+            # Wrapped while exactly the trained parameters require gradients: DDP never
+            # synchronises those that were frozen when it was built.
+            trained = self._accelerator.prepare_model(net)
         # One scaler each: an overflow of one network must not change the scale of another.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self.networks[name] = Network(
@@ -134,6 +133,17 @@ class Run:
             scaler=scaler,
         )
         return self.networks[name].trained
+
+    def add_frozen(self, net: nn.Module) -> None:
+        """Move a network to the device; under ``fsdp2`` it is sharded, unless adapters lie on it.
+
+        Call it on all ranks alike from now on: the forward of a sharded network is a collective.
+        """
+        net.to(self.device)
+        if self._mesh is not None and not is_adapted(net):
+            precision = self.config.precision
+            dtype = None if precision == "fp32" else DTYPES[precision]
+            fsdp.shard(net, self._mesh, dtype=dtype)
 
     def attach(self, name: str, state: Stateful) -> None:
         """Save and restore ``state`` with the run; it must be the same on all ranks."""
@@ -154,9 +164,18 @@ class Run:
         return interval is not None and self.step % interval == 0
 
     def ema_weights(self, name: str, half_life: int) -> dict[str, Tensor]:
-        """Averaged weights by plain name; what is not averaged comes from the live module."""
+        """Averaged weights by plain name; what is not averaged comes from the live module.
+
+        Of a sharded network on rank 0 alone, and then a collective.
+        """
         net = self.networks[name]
-        return {**net.module.state_dict(), **net.ema[half_life].weights}
+        return fsdp.gathered({**net.module.state_dict(), **net.ema[half_life].weights})
+
+    @contextmanager
+    def averaged(self, name: str, half_life: int) -> Iterator[nn.Module]:
+        """The network to call, on all ranks alike, with averaged weights; between turns."""
+        with torch.no_grad(), self.networks[name].averaged(half_life) as net:
+            yield net
 
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average scalars over micro-batches, steps and ranks into the next line of metrics."""
@@ -179,14 +198,13 @@ class Run:
             raise ValueError(f"turn{names}: nested, or not among {', '.join(self.networks)}")
         self._turn, step = names, self.step
         for net in self.networks.values():
-            for parameter in net.parameters.values():
-                parameter.requires_grad_(net.name in names)
+            net.require_gradients(net.name in names)
         try:
             yield
         finally:
             self._turn = ()
             for net in self.networks.values():
-                net.module.zero_grad(set_to_none=True)
+                net.drop_gradients()
         if self.step > step:
             self._after_main_update()
         self._stop_if_asked()
@@ -238,7 +256,7 @@ class Run:
             progress = self.step / self.config.steps
             lr = net.lr * learning_rate_factor(net.config, updates=net.updates, progress=progress)
             net.step(norm, lr=lr, images=self.config.batch_size)
-            net.module.zero_grad(set_to_none=True)  # memory for the turn's other networks
+            net.drop_gradients()  # memory for the turn's other networks
             net.skips = 0
             self.log({f"grad_norm/{name}": norm, f"lr/{name}": lr})
         else:
@@ -268,21 +286,14 @@ class Run:
 
     def _stop_if_asked(self) -> None:
         """Between two updates: leave with a saved state if any rank was told to stop."""
-        if not resume.any_rank(self._signal is not None, self.device):
+        if not resume.any_rank(self._stop.is_made, self.device):
             return
         self.save()
-        if self.world_size > 1:  # a launcher signals all ranks again when the first one has left
+        if self.world_size > 1:
             self._closing.pop_all()
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            self._stop.ignore()
         self.event("interrupted", f"told to stop, state saved after {self.phase}")
         raise SystemExit(INTERRUPTED)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self._signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._signal = number
 
     def save(self) -> None:
         """Save a state now, on all ranks together, unless this very state is already saved.
@@ -370,10 +381,7 @@ class Run:
                 self._closing.callback(tracker.finish)
         self._journal.start(self.step)
         self._closing.callback(self._journal.bar.stop)
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._closing.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, self._on_signal)
+        self._stop.listen(self._closing)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:

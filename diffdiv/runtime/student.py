@@ -18,11 +18,10 @@ from diffdiv.sources import Source, open_source
 
 
 class Lora(TypedDict):
-    """An adapter's settings; targets None = those of the network's family."""
+    """An adapter's settings."""
 
     rank: int
     alpha: int
-    targets: list[str] | None
 
 
 class Student(TypedDict):
@@ -96,7 +95,7 @@ def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[
         "student",
         rank=lora["rank"],
         alpha=lora["alpha"],
-        targets=lora["targets"] or lora_targets(net),
+        targets=lora_targets(net),
         seed=0,  # what is drawn from it is replaced at once
     )
     view.load_state_dict(weights)

@@ -120,23 +120,29 @@ def train(run, config: RecipeConfig, *, after_turn=None) -> None:
 def _fault(config: RecipeConfig, run, loss):
     """Inject the fault asked for at fake update 4, on the last rank."""
     last = run.rank == run.world_size - 1
+    fault = os.environ.get("TOY_FAULT", config.fault)  # the next launch may do without
     if run.updates["fake"] != 4 or not last:
         return loss
-    if config.fault == "nan":
+    if fault == "nan":
         return loss * float("nan")
-    if config.fault == "term":
+    if fault == "term":
         os.kill(os.getpid(), 15)
-    if config.fault == "die":
+    if fault == "die":
         os.kill(os.getpid(), 9)
-    if config.fault == "raise":
+    if fault == "raise":
         raise KeyError("the fault asked for")
-    if config.fault == "hang":
+    if fault == "hang":
         time.sleep(600)
     return loss
 
 
 def main(config: RecipeConfig) -> None:
-    train(make(config), config)
+    if processes := os.environ.get("TOY_LOCAL_WORLD_SIZE"):  # a machine as small as one likes
+        os.environ["LOCAL_WORLD_SIZE"] = processes
+    run = make(config)
+    if processes:
+        sys.stderr.write(f"{run.networks['student'].module[0].weight.device_mesh}\n")
+    train(run, config)
 
 
 def cases(path: Path) -> None:
