@@ -3,7 +3,8 @@
     python train/embedded_sd.py configs/pretrain/embedded_sd.yaml seed=0
 
 All of it is learned from the digits of scikit-learn on one CPU thread in under twelve minutes and
-saved as an ordinary StableDiffusionPipeline folder (fp16), with the judge that scores it. A chain
+saved as an ordinary StableDiffusionPipeline folder (fp16), with the judge that scores it; with
+embedded_sdxl.yaml as an SDXL pipeline, on the autoencoder and text encoder of that folder. A chain
 of small trainings, each a plain loop; not resumable. x0: scaled latent; eps: noise;
 v = alpha eps - sigma x0 (Salimans and Ho, arXiv 2202.00512v2, appendix D).
 """
@@ -13,20 +14,20 @@ import json
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from diffdiv.runtime.config import Config
+from diffdiv.runtime.config import Config, ExistingFolder
 from diffdiv.runtime.launch import run_recipe_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -34,12 +35,21 @@ if TYPE_CHECKING:
     from diffdiv.metrics.judge import Judge
 
 
+class StartConfig(Config):
+    """What an earlier run of this recipe has learned."""
+
+    pipeline: ExistingFolder  # its autoencoder, tokenizer and text encoder are used as they are
+    judge: ExistingFolder
+
+
 class RecipeConfig(Config):
     """What to build, where, and for how long."""
 
     recipe: str = "embedded_sd"
-    folder: Path  # receives the StableDiffusionPipeline and evaluation.json
-    judge_folder: Path
+    architecture: Literal["sd", "sdxl"] = "sd"
+    start: StartConfig | None = None  # None: everything is trained here
+    folder: Path  # receives the pipeline and evaluation.json
+    judge_folder: Path | None = None  # receives the judge; None: it is not saved
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1)  # of the CPU; the weights depend on the number
     num_images: int = Field(16_000, ge=2000)  # composites to train on
@@ -58,6 +68,15 @@ BATCH_AND_LR: dict[Stage, tuple[int, float]] = {
     "teacher": (64, 3e-3),
 }  # fmt: skip
 Rows = dict[str, dict[str, float]]  # name of the row -> name of the metric -> value
+
+
+class Parts(NamedTuple):
+    """What is learned before the U-Net."""
+
+    judge: "Judge"
+    vae: "AutoencoderKL"
+    tokenizer: "CLIPTokenizer"
+    text_encoder: "CLIPTextModel"
 
 
 def build_tokenizer(words: tuple[str, ...]) -> "CLIPTokenizer":
@@ -206,29 +225,40 @@ def encode(vae: "AutoencoderKL", images: "Tensor") -> "tuple[Tensor, Tensor]":
     return torch.cat([d.mean for d in dists]), torch.cat([d.std for d in dists])
 
 
+def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> "Tensor":
+    """Token ids [B, PROMPT_LENGTH]."""
+    return tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+
+
 def train_text_encoder(
-    config: RecipeConfig, tokenizer: "CLIPTokenizer", tokens: "Tensor", features: "Tensor"
-) -> "CLIPTextModel":
+    config: RecipeConfig, judge: "Judge", tokenizer: "CLIPTokenizer", data: "PromptedBatch", *,
+    width: int, seed: int,
+) -> "tuple[CLIPTextModel, nn.Linear]":  # fmt: skip
     """Contrastive training against the judge's features, as CLIP's against its image tower.
 
     Trained on the loss of the U-Net instead, its output followed the colour first and lost the
-    digit: after 2000 steps one seed of two still drew digits at chance.
+    digit: after 2000 steps one seed of two still drew digits at chance. Returned with the
+    projection of its pooled output.
     """
     import torch
     from torch.nn import functional
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.manual_seed(config.seed)
+    from diffdiv.metrics.judge import judge_features
+
+    torch.manual_seed(seed)
+    tokens = tokenize(tokenizer, data.prompts)
     text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=PROMPT_LENGTH, hidden_size=64,
-        intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
+        vocab_size=len(tokenizer), max_position_embeddings=PROMPT_LENGTH, hidden_size=width,
+        intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     text_encoder = CLIPTextModel(text_config)
     with torch.no_grad():  # by CLIP's own init a word is a tenth of the output's power
         text_encoder.get_input_embeddings().weight.mul_(4)
-    towers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    towers = torch.nn.ModuleList(torch.nn.Linear(size, 64, bias=False) for size in (width, 64))
+    features = judge_features(judge, data.images)
     features = (features - features.mean(0)) / features.std(0)
 
     def loss_of(rows: "Tensor") -> "Tensor":
@@ -240,47 +270,40 @@ def train_text_encoder(
 
     fit(
         "text encoder", torch.nn.ModuleList([text_encoder, towers]), loss_of,
-        count=len(features), steps=config.text_steps, seed=config.seed,
+        count=len(features), steps=config.text_steps, seed=seed,
     )  # fmt: skip
-    return text_encoder.eval().requires_grad_(False)
+    return text_encoder.eval().requires_grad_(False), towers[0].requires_grad_(False)
 
 
-def train_teacher(
-    config: RecipeConfig, vae: "AutoencoderKL", data: "PromptedBatch", features: "Tensor"
-) -> "StableDiffusionPipeline":
-    """Trains the U-Net (1,209,332 parameters) on v; the pipeline has its averaged weights."""
+def train_unet(
+    config: RecipeConfig, vae: "AutoencoderKL", images: "Tensor",
+    told: "Callable[[Tensor, Tensor], dict[str, object]]",  # image, text [B] -> keywords
+    **shape: object,
+) -> "tuple[UNet2DConditionModel, DDIMScheduler]":  # fmt: skip
+    """A U-Net of this shape, trained on v and averaged, and its schedule; the last text is ""."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    from diffdiv.data.digits import WORDS
-
-    tokenizer = build_tokenizer(WORDS)
-    tokens = tokenizer([*data.prompts, ""], padding="max_length", return_tensors="pt").input_ids
-    text_encoder = train_text_encoder(config, tokenizer, tokens[:-1], features)
-    with torch.no_grad():
-        context = text_encoder(tokens).last_hidden_state
     torch.manual_seed(config.seed)
     unet = UNet2DConditionModel(
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(32, 48, 64), layers_per_block=1, norm_num_groups=8,
-        attention_head_dim=2, cross_attention_dim=64, sample_size=8,
+        attention_head_dim=2, sample_size=8, **shape,
     )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
-    mean, std = (part * vae.config.scaling_factor for part in encode(vae, data.images))
+    mean, std = (part * vae.config.scaling_factor for part in encode(vae, images))
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss_of(rows: "Tensor") -> "Tensor":
         noise = torch.randn(2, *mean[rows].shape, generator=generator)
         x0, eps = mean[rows] + std[rows] * noise[0], noise[1]
         t = torch.randint(1000, (len(rows),), generator=generator)
-        dropped = torch.rand(len(rows), generator=generator) < 0.1  # the last context is of ""
-        cond = context[rows.where(~dropped, len(mean))]
-        v = unet(scheduler.add_noise(x0, eps, t), t, cond).sample
+        dropped = torch.rand(len(rows), generator=generator) < 0.1
+        cond = told(rows, rows.where(~dropped, len(mean)))
+        v = unet(scheduler.add_noise(x0, eps, t), t, **cond).sample
         return (v - scheduler.get_velocity(x0, eps, t)).square().mean()
 
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.995))
@@ -288,17 +311,120 @@ def train_teacher(
         "teacher", unet, loss_of, count=len(mean), steps=config.teacher_steps, seed=config.seed,
         after_step=lambda: average.update_parameters(unet),
     )  # fmt: skip
+    return average.module.eval(), scheduler
+
+
+def train_sd(config: RecipeConfig, parts: Parts, data: "PromptedBatch") -> "DiffusionPipeline":
+    """A StableDiffusionPipeline; its U-Net has 1,209,332 parameters."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    with torch.no_grad():
+        tokens = tokenize(parts.tokenizer, [*data.prompts, ""])
+        context = parts.text_encoder(tokens).last_hidden_state
+    unet, scheduler = train_unet(
+        config, parts.vae, data.images,
+        lambda rows, texts: {"encoder_hidden_states": context[texts]},
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=average.module.eval(),
+        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=unet,
         scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
 
+def shrink_and_crop(images: "Tensor", seed: int) -> "tuple[Tensor, Tensor]":
+    """The images as a collection would hold them, and SDXL's time ids [N, 6], in pixels.
+
+    One in ten was of half the size and has been enlarged, one in ten has lost up to 8 rows and
+    columns at the top and left (arXiv 2307.01952v1, section 2.2).
+    """
+    import torch
+    from torch.nn import functional
+
+    size = images.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    is_small, is_cropped = torch.rand(2, len(images), 1, generator=generator) < 0.1
+    small = functional.interpolate(functional.avg_pool2d(images, 2), size=size, mode="bilinear")
+    images = small.where(is_small[..., None, None], images)
+    corners = torch.randint(9, (len(images), 2), generator=generator) * is_cropped
+    rows = zip(functional.pad(images, (0, 8, 0, 8), "replicate"), corners.tolist(), strict=True)
+    crops = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in rows])
+    target = torch.full_like(corners, size)
+    return crops, torch.cat([target // (1 + is_small.int()), corners, target], 1).float()
+
+
+def train_sdxl(config: RecipeConfig, parts: Parts, data: "PromptedBatch") -> "DiffusionPipeline":
+    """A StableDiffusionXLPipeline: two text encoders, the wider one pooled, and time ids."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    from diffdiv.data.digits import WORDS
+
+    tokenizer = build_tokenizer(WORDS)
+    tokenizer.pad_token = "!"  # as SDXL's second one
+    encoder, projection = train_text_encoder(
+        config, parts.judge, tokenizer, data, width=96, seed=config.seed + 1
+    )
+    second = CLIPTextModelWithProjection(encoder.config).eval()
+    second.text_model, second.text_projection = encoder, projection
+    pairs = ((parts.text_encoder, parts.tokenizer), (second, tokenizer))
+    prompts = [*data.prompts, ""]
+    with torch.no_grad():
+        found = [net(tokenize(words, prompts), output_hidden_states=True) for net, words in pairs]
+    context = torch.cat([output.hidden_states[-2] for output in found], 2)
+    pooled = found[1].text_embeds
+    context[-1] = pooled[-1] = 0  # what the pipeline's force_zeros_for_empty_prompt makes of ""
+    images, time_ids = shrink_and_crop(data.images, config.seed)
+
+    def told(rows: "Tensor", texts: "Tensor") -> dict[str, object]:
+        added = {"text_embeds": pooled[texts], "time_ids": time_ids[rows]}
+        return {"encoder_hidden_states": context[texts], "added_cond_kwargs": added}
+
+    unet, scheduler = train_unet(
+        config, parts.vae, images, told,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
+        cross_attention_dim=64 + 96, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 64,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=parts.vae, text_encoder=parts.text_encoder, text_encoder_2=second, unet=unet,
+        tokenizer=parts.tokenizer, tokenizer_2=tokenizer, scheduler=scheduler,
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def train_parts(config: RecipeConfig, data: "PromptedBatch") -> Parts:
+    """Trains judge, autoencoder and text encoder, one after the other."""
+    from diffdiv.data.digits import WORDS
+
+    judge = train_judge(config, data)
+    vae, tokenizer = train_autoencoder(config, data.images), build_tokenizer(WORDS)
+    encoder, _ = train_text_encoder(config, judge, tokenizer, data, width=64, seed=config.seed)
+    return Parts(judge, vae, tokenizer, encoder)
+
+
+def load_parts(start: StartConfig) -> Parts:
+    """The parts of an earlier run, in fp32."""
+    import torch
+    from diffusers import AutoPipelineForText2Image
+
+    from diffdiv.metrics.judge import load_judge
+
+    pipe = AutoPipelineForText2Image.from_pretrained(start.pipeline).to(dtype=torch.float32)
+    return Parts(load_judge(start.judge), pipe.vae, pipe.tokenizer, pipe.text_encoder)
+
+
 def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
     """Metrics of the saved pipeline and of its floors; every row has the same prompts and n."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoPipelineForText2Image
 
     from diffdiv.data.digits import PromptedDigits
     from diffdiv.metrics.judge import attribute_accuracy, judge_features, judge_frechet
@@ -307,8 +433,8 @@ def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
     reference = judge_features(judge, real)
     unseen = PromptedDigits("test", seed=config.seed, drop_probability=0)
     wanted = unseen.batch(range(config.num_evaluated))
-    # The shipped weights are fp16 numbers, run here in fp32.
-    pipe = StableDiffusionPipeline.from_pretrained(config.folder, safety_checker=None)
+    # The saved weights are fp16 numbers, run here in fp32.
+    pipe = AutoPipelineForText2Image.from_pretrained(config.folder)
     pipe.to(dtype=torch.float32).set_progress_bar_config(disable=True)
 
     def metrics(images: "Tensor") -> dict[str, float]:
@@ -318,17 +444,15 @@ def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
     mean, _ = encode(pipe.vae, wanted.images)
     with torch.no_grad():
         rebuilt = torch.cat([pipe.vae.decode(chunk).sample for chunk in mean.split(250)])
+    options = {"num_inference_steps": 20, "output_type": "pt"}
     table = {"held-out images": metrics(wanted.images), "autoencoder": metrics(rebuilt)}
     for scale in (1.0, 1.5):
         images = []
         for start in track(range(0, len(mean), 100), description=f"guidance {scale}"):
             prompts = wanted.prompts[start : start + 100]
             generator = torch.Generator().manual_seed(config.seed + start)
-            result = pipe(
-                prompts, num_inference_steps=20, guidance_scale=scale, generator=generator,
-                output_type="pt",
-            )  # fmt: skip
-            images.append(result.images * 2 - 1)
+            drawn = pipe(prompts, generator=generator, guidance_scale=scale, **options).images
+            images.append(drawn * 2 - 1)
         table[f"teacher, 20 steps, guidance {scale}"] = metrics(torch.cat(images))
     return table
 
@@ -355,21 +479,21 @@ def write_evaluation(config: RecipeConfig, rows: Rows, seconds: float) -> None:
 
 
 def main(config: RecipeConfig) -> None:
-    """Tokenizer, judge, autoencoder, teacher, evaluation; writes both folders."""
+    """Judge, autoencoder, text encoders, U-Net, evaluation; writes the folders."""
     import torch
 
     from diffdiv.data.digits import PromptedDigits
-    from diffdiv.metrics.judge import judge_features, save_judge
+    from diffdiv.metrics.judge import save_judge
 
     began = time.process_time()
     torch.set_num_threads(config.threads)
     data = PromptedDigits("train", seed=config.seed).batch(range(config.num_images))
-    judge = train_judge(config, data)
-    save_judge(judge, config.judge_folder)
-    vae = train_autoencoder(config, data.images)
-    pipe = train_teacher(config, vae, data, judge_features(judge, data.images))
-    pipe.to(dtype=torch.float16).save_pretrained(config.folder)
-    write_evaluation(config, evaluate(config, judge), time.process_time() - began)
+    parts = load_parts(config.start) if config.start else train_parts(config, data)
+    if config.judge_folder is not None:
+        save_judge(parts.judge, config.judge_folder)
+    train = train_sd if config.architecture == "sd" else train_sdxl
+    train(config, parts, data).to(dtype=torch.float16).save_pretrained(config.folder)
+    write_evaluation(config, evaluate(config, parts.judge), time.process_time() - began)
 
 
 if __name__ == "__main__":
