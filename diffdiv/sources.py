@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -153,7 +155,7 @@ def captions(
         mean, std = codec.posterior(images.read(rows).images)
         return {"mean": mean, "std": std}
 
-    build_cache(cache / "latents", key=key, count=len(images), compute=latents)
+    build_cache(cache / "latents", key=key, count=len(images), compute=latents, **_processes())
     stored = Cache(cache / "latents", key)
 
     def cached_real(indices: Sequence[int]) -> Samples:
@@ -192,8 +194,23 @@ class _TextCache:
 
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         key = {**self._key, "texts": digest}
-        build_cache(self._folder / name, key=key, count=len(texts), compute=compute)
+        build_cache(self._folder / name, key=key, count=len(texts), compute=compute, **_processes())
         return Cache(self._folder / name, key)
+
+
+class _Processes(TypedDict):
+    rank: int
+    world: int
+    barrier: Callable[[], None]
+
+
+def _processes() -> _Processes:
+    """How the processes of a run share the making of a cache."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return {"rank": 0, "world": 1, "barrier": lambda: None}
+    return {
+        "rank": dist.get_rank(), "world": dist.get_world_size(), "barrier": lambda: dist.barrier()
+    }  # fmt: skip
 
 
 def _condition(tensors: Mapping[str, Tensor]) -> Condition:

@@ -218,8 +218,7 @@ def _write_manifest(path: Path, manifest: _Manifest) -> None:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, sync, rename: what lies under its own name is whole."""
-    # each process writes its own: what they hold is the same, so whichever comes last may stay
-    staged = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    staged = path.with_name(f".tmp-{path.name}")
     try:
         write(staged)
         with staged.open("rb") as file:

@@ -596,10 +596,10 @@ def drakes_training(
 
 @pytest.mark.slow
 def test_drakes_as_far_as_its_bias_lets_it(instance, reference):
-    """89 % of the attainable gain when written. Not more for a reason: between tokens the network
-    is asked at mixtures, where its answer is no average of its answers at tokens. Other settings
-    tried (300 updates of 256): temperatures 0.3, 0.5, 1: 78, 88, 86 %; hard states after every step
-    at 0.3, 0.5: 77, 81 %."""
+    """89 % of the attainable gain when written. A likely reason for the rest, not isolated: between
+    tokens the network is asked at mixtures, where its answer is no average of its answers at
+    tokens. Other settings tried (300 updates of 256): temperatures 0.3, 0.5, 1: 78, 88, 86 %; hard
+    states after every step at 0.3, 0.5: 77, 81 %."""
     loss = drakes_training(instance, reference, 128, alpha=instance.alpha)
     total, _ = trained(instance, loss, steps=250, lr=0.05)
     assert share_of_gain(instance, total) >= 0.8
