@@ -201,7 +201,7 @@ class _TextCache:
 class _Processes(TypedDict):
     rank: int
     world: int
-    barrier: Callable[[], None]
+    barrier: Callable[[], object]
 
 
 def _processes() -> _Processes:

@@ -80,7 +80,7 @@ def build_cache(
     batch_size: int = 16,
     rank: int = 0,
     world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    barrier: Callable[[], object] = lambda: None,
 ) -> None:
     """Compute and write the missing shards, then the manifest.
 
