@@ -1,0 +1,1 @@
+"""Rewards: what a model is fine-tuned to make more of."""
