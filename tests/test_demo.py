@@ -32,7 +32,7 @@ def text_to_image(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the aim; 1.13 to 1.21 times is reached, see docs/f_distill.md", strict=False)
+@pytest.mark.xfail(reason="the aim; 1.13 to 1.21 times reached: docs/f_distill.md", strict=False)
 def test_the_student_is_as_near_to_real_images_as_its_teacher(text_to_image):
     teacher, _, student = text_to_image
     assert student["frechet_judge"] <= teacher["frechet_judge"]
