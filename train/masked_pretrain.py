@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from diffdiv.runtime.config import Config, OptimizerConfig, RunConfig
+from diffdiv.runtime.config import Config, OptimizerConfig, ReplicatedRunConfig
 from diffdiv.runtime.launch import run_recipe_file
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class RecipeConfig(Config):
     """Everything a pretraining depends on."""
 
     recipe: Literal["masked_pretrain"] = "masked_pretrain"
-    run: RunConfig
+    run: ReplicatedRunConfig
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     export: ExportConfig = ExportConfig()

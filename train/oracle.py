@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
-from diffdiv.runtime.config import Config, OptimizerConfig, RunConfig
+from diffdiv.runtime.config import Config, OptimizerConfig, ReplicatedRunConfig
 from diffdiv.runtime.launch import run_recipe_file
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class RecipeConfig(Config):
     """Everything the oracles depend on."""
 
     recipe: str = "oracle"
-    run: RunConfig
+    run: ReplicatedRunConfig
     data: DataConfig
     model: ModelConfig = ModelConfig()
     lr: float = Field(gt=0)

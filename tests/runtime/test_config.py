@@ -1,5 +1,6 @@
 """Configurations: sixty broken ones, each refused with its key; good ones survive a round trip."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from diffdiv.runtime.config import (
     Config,
@@ -335,3 +337,12 @@ def test_nothing_heavy_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert not loaded & {"torch", "diffusers", "transformers", "numpy", "matplotlib", "sklearn"}
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "masked_pretrain", "oracle", "drakes"])
+def test_recipes_that_keep_whole_networks_refuse_to_share_them(recipe):
+    section = load_recipe(recipe).config_class.model_fields["run"].annotation
+    values = {"folder": "runs/a", "batch_size": 2, "steps": 1}
+    assert section.model_validate_json(json.dumps(values)).sharding == "none"
+    with pytest.raises(ValidationError, match="this recipe keeps whole networks"):
+        section.model_validate_json(json.dumps({**values, "sharding": "fsdp2"}))
