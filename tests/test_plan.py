@@ -1,5 +1,6 @@
 """The plan against real runs, the allocator's own record, torch's FLOP counter, closed forms."""
 
+import gc
 import subprocess
 import sys
 import time
@@ -141,6 +142,7 @@ def test_counters_on_tensors_of_known_size() -> None:
 def test_plan_equals_a_real_run(spec: PlanSpec) -> None:
     # an oracle that knows nothing of dispatch modes: every allocation, scratch of kernels included
     counters = Counters()
+    gc.collect()  # what earlier tests have left must not be freed under the profiler
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, counters:
         rehearse(spec, counters)
     assert profiler.profiler is not None
