@@ -131,10 +131,7 @@ def test_counters_on_tensors_of_known_size() -> None:
         TINY,
         replace(TINY, checkpointing=False, vae_images=1),
         LORA,
-        pytest.param(
-            replace(LORA, fake_rank=None, gan_trunk="fake", checkpointing=False),
-            marks=pytest.mark.slow,
-        ),
+        replace(LORA, fake_rank=None, gan_trunk="fake", checkpointing=False),
         pytest.param(replace(LORA, gan_blocks=None, num_ema=0), marks=pytest.mark.slow),
     ],
     ids=["full", "no checkpoints, VAE", "SDXL, LoRA", "mixed, fake trunk", "no GAN"],
