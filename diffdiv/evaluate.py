@@ -192,11 +192,11 @@ def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
     if isinstance(opened.teacher, GuidedDenoiser):
         calls, name = 2 * calls, f"{name}, guidance {opened.teacher.scale:g}"
     ode = partial(sample_ode, opened.teacher, times=time_grid(schedule, steps), heun=heun)
-    count = f"{student.num_steps} step{'s' if student.num_steps > 1 else ''}"
+    count, calls_of_student = student.description, student.num_steps
     return [
         (name, calls, lambda z, cond: ode(z[:, :channels], cond)),
-        (f"teacher's weights, {count}", student.num_steps, student.with_net(opened.base.net)),
-        (f"student, {count}", student.num_steps, student),
+        (f"teacher's weights, {count}", calls_of_student, opened.untrained),
+        (f"student, {count}", calls_of_student, student),
     ]
 
 

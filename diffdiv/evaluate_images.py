@@ -90,8 +90,9 @@ def run_maker(path: Path, *, seed: int, device: torch.device, dtype: Dtype) -> M
         "seed": seed,
         "dtype": dtype,
     }
-    count = f"{student.num_steps} step{'s' if student.num_steps > 1 else ''}"
-    return Maker(f"student, {count}", student.num_steps, facts, draw, opened.half_life)
+    return Maker(
+        f"student, {student.description}", student.num_steps, facts, draw, opened.half_life
+    )
 
 
 def pipeline_maker(

@@ -6,13 +6,10 @@ A UNet2DModel student travels with its sampler, ``pipelines/one_step_unet.py``. 
 the folder records what it is.
 """
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol, cast
 
 import torch
@@ -21,14 +18,21 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffdiv.export_folder import finish, read_json, staged, write_json
 from diffdiv.generate import load_pipeline
 from diffdiv.metrics.card import Evaluation
-from diffdiv.model_card import Card, write_model_card
+from diffdiv.model_card import Card
 from diffdiv.models.backbones import load_denoiser, num_labels
 from diffdiv.models.generator import Generator, InputConvention
+from diffdiv.models.shared_encoder import parallel_generator
 from diffdiv.resources import resource
 from diffdiv.runtime.checkpoint import load_weights
-from diffdiv.runtime.student import Distillation, read_distillation, student_state_dict
+from diffdiv.runtime.student import (
+    Distillation,
+    decoder_times,
+    read_distillation,
+    student_state_dict,
+)
 from diffdiv.schedulers import Scheduler, network_config, student_scheduler
 
 _INPUTS = {"unit": "z ~ N(0, I)", "ve": "sigma z, z ~ N(0, I)"}
@@ -63,18 +67,16 @@ def export_pipeline(
     Returns ``out``. ValueError for a student that no stock scheduler runs, or a folder that may
     not be overwritten.
     """
-    with _staged(out, force, teacher) as stage:
+    with staged(out, force, teacher) as stage:
         scheduler = student_scheduler(teacher, t_init, input_convention, num_steps)
         pipe = load_pipeline(teacher)
         pipe.scheduler = scheduler
         pipe.components[network_config(teacher)[0]].load_state_dict(weights)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                nn.Module.to(part, dtype)  # diffusers' own .to warns even when nothing changes
+        _cast(pipe, dtype)
         pipe.save_pretrained(stage)
         facts = _facts(scheduler, t_init, input_convention, num_steps)
         facts["dtype"] = str(dtype)[6:]
-        _finish(stage, teacher, _call(teacher, num_steps), facts, card)
+        finish(stage, teacher, _call(teacher, num_steps), facts, card)
     return out
 
 
@@ -111,23 +113,81 @@ def export_unet2d(
     }
     if denoiser.sigma_data:
         settings |= {"sigma_data": denoiser.sigma_data, "edm_time_scale": 1000.0}
-    with _staged(out, force, teacher) as stage:
+    with staged(out, force, teacher) as stage:
         net.load_state_dict(weights)
         net.save_pretrained(stage / "unet")
         shutil.copytree(teacher / "scheduler", stage / "scheduler")
         shutil.copy(resource("pipelines/one_step_unet.py"), stage)
-        scheduler = _read(stage / "scheduler/scheduler_config.json")
+        scheduler = read_json(stage / "scheduler/scheduler_config.json")
         index = {
             "_class_name": ["one_step_unet", "OneStepUNetPipeline"],
             "_diffusers_version": version("diffusers"),
             "unet": ["diffusers", "UNet2DModel"],
             "scheduler": ["diffusers", scheduler["_class_name"]],
         }
-        _write(stage / "model_index.json", index | settings)
+        write_json(stage / "model_index.json", index | settings)
         facts = settings | {"t_init": t_init, "input": _INPUTS[input_convention]}
         facts |= {"classes": num_labels(net) or None, "dtype": "float32"}
-        _finish(stage, teacher, {"num_inference_steps": 1}, facts, card)
+        finish(stage, teacher, {"num_inference_steps": 1}, facts, card)
     return out
+
+
+def export_tiue(
+    teacher: Path,
+    weights: Mapping[str, Tensor],
+    out: Path,
+    *,
+    decoder_times: Sequence[int],
+    encoder_time: int | None,
+    card: Card,
+    force: bool = False,
+) -> Path:
+    """Write a TiUE student: a plain U-Net, float32, and the pipeline file that runs it in one pass.
+
+    Args:
+        teacher, weights, out, card, force: as in :func:`export_pipeline`; Stable Diffusion's
+            safety checker does not come along.
+        decoder_times, encoder_time: as in ``diffdiv.models.shared_encoder.parallel_generator``.
+    """
+    base = load_denoiser(teacher)
+    generator = parallel_generator(base, base.net, decoder_times, encoder_time)
+    index = read_json(teacher / "model_index.json")
+    kind = "TiUEXLPipeline" if "text_encoder_2" in index else "TiUEPipeline"
+    noise = read_json(teacher / "scheduler/scheduler_config.json")
+    times: dict[str, object] = {
+        "encoder_time": int(generator.encoder_time),
+        "decoder_times": list(decoder_times),
+        "noise_gain": generator.steps.noise_gain,
+        "output_gains": generator.steps.output_gains.tolist(),
+        "num_train_timesteps": int(base.schedule.t_max) + 1,
+        "prediction_type": noise.get("prediction_type", "epsilon"),
+    }
+    with staged(out, force, teacher) as stage:
+        pipe = load_pipeline(teacher)
+        pipe.components["unet"].load_state_dict(weights)
+        _cast(pipe, torch.float32)
+        pipe.save_pretrained(stage)
+        for part in ("scheduler", "safety_checker"):
+            shutil.rmtree(stage / part, ignore_errors=True)
+        for folder in (stage, stage / "scheduler"):
+            folder.mkdir(exist_ok=True)
+            shutil.copy(resource("pipelines/tiue_sd.py"), folder)
+        of_scheduler = {"_class_name": "TiUEScheduler", "_diffusers_version": version("diffusers")}
+        write_json(stage / "scheduler/scheduler_config.json", of_scheduler | times)
+        index = read_json(stage / "model_index.json")
+        index |= {"_class_name": ["tiue_sd", kind], "scheduler": ["tiue_sd", "TiUEScheduler"]}
+        if "safety_checker" in index:
+            index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+        write_json(stage / "model_index.json", index)
+        facts = {**times, "input": _INPUTS["unit"], "dtype": "float32"}
+        finish(stage, teacher, {"num_inference_steps": 1, "guidance_scale": 0.0}, facts, card)
+    return out
+
+
+def _cast(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)  # diffusers' own .to warns even when nothing changes
 
 
 def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = False) -> Path:
@@ -145,11 +205,19 @@ def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = Fa
         CheckpointError: if it has no valid state.
     """
     config, half_life, card = _read_run(run, ema)
-    student, teacher = config["student"], Path(config["teacher"]["path"])
+    teacher, weights = (
+        Path(config["teacher"]["path"]), student_state_dict(run, config, half_life)
+    )  # fmt: skip
+    if (times := decoder_times(config)) is not None:
+        return export_tiue(
+            teacher, weights, out,
+            decoder_times=times[0], encoder_time=times[1], card=card, force=force,
+        )  # fmt: skip
+    student = config["student"]
     export = export_pipeline if (teacher / "text_encoder").is_dir() else export_unet2d
     return export(
         teacher,
-        student_state_dict(run, config, half_life),
+        weights,
         out,
         t_init=student["t_init"],
         input_convention=student["input_convention"],
@@ -169,6 +237,8 @@ def export_lora(run: Path, out: Path, *, ema: int | None = None, force: bool = F
         ValueError: also if the student is a full copy, or its pipeline loads no adapters.
     """
     config, half_life, card = _read_run(run, ema)
+    if decoder_times(config) is not None:
+        raise ValueError(f"{run}: a TiUE student is a whole network; export it without --lora")
     student, teacher = config["student"], Path(config["teacher"]["path"])
     lora, num_steps, (part, _) = student["lora"], student["num_steps"], network_config(teacher)
     if lora is None:
@@ -179,7 +249,7 @@ def export_lora(run: Path, out: Path, *, ema: int | None = None, force: bool = F
         "lora_alpha": lora["alpha"],
         "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
     }
-    with _staged(out, force, teacher) as stage:
+    with staged(out, force, teacher) as stage:
         t_init, convention = student["t_init"], student["input_convention"]
         scheduler = student_scheduler(teacher, t_init, convention, num_steps)
         scheduler.save_pretrained(stage / "scheduler")
@@ -187,7 +257,7 @@ def export_lora(run: Path, out: Path, *, ema: int | None = None, force: bool = F
         _adaptable_pipeline(teacher).save_lora_weights(stage, **options)
         facts = _facts(scheduler, t_init, convention, num_steps)
         facts |= {"rank": lora["rank"], "alpha": lora["alpha"], "dtype": "float32"}
-        _finish(stage, teacher, _call(teacher, num_steps), facts, card)
+        finish(stage, teacher, _call(teacher, num_steps), facts, card)
     return out
 
 
@@ -202,11 +272,11 @@ def _read_run(run: Path, ema: int | None) -> tuple[Distillation, int, Card]:
     }
     card = Card(facts=facts)
     if (run / "evaluation.json").is_file():
-        evaluation = cast(Evaluation, _read(run / "evaluation.json"))
+        evaluation = cast(Evaluation, read_json(run / "evaluation.json"))
         if (evaluation["card"].get("ema_half_life") or 0) == half_life:  # of these very weights
             card["evaluation"] = evaluation
     if (run / "samples/captions.json").is_file():
-        captions = cast("dict[str, list[str]]", _read(run / "samples/captions.json"))
+        captions = cast("dict[str, list[str]]", read_json(run / "samples/captions.json"))
         card["prompt"] = captions["prompts"][0]
     return config, half_life, card
 
@@ -217,7 +287,7 @@ class _Adaptable(Protocol):
 
 def _adaptable_pipeline(teacher: Path) -> _Adaptable:
     """The teacher's pipeline without any of its components; ValueError if it takes no adapters."""
-    index = _read(teacher / "model_index.json")
+    index = read_json(teacher / "model_index.json")
     parts = [key for key, value in index.items() if isinstance(value, list) and key[0] != "_"]
     options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     pipe = DiffusionPipeline.from_pretrained(
@@ -244,42 +314,3 @@ def _call(teacher: Path, num_steps: int) -> dict[str, object]:
     """The exact call: guidance off; FLUX.1 dev is told the scale that it was trained with."""
     is_told = network_config(teacher)[1].get("guidance_embeds")
     return {"num_inference_steps": num_steps, "guidance_scale": 3.5 if is_told else 0.0}
-
-
-def _finish(
-    stage: Path, teacher: Path, call: dict[str, object], facts: dict[str, object], card: Card
-) -> None:
-    """Add export.json and README.md, and drop the local paths that from_pretrained records."""
-    for path in stage.rglob("*.json"):
-        content = _read(path)
-        for name in {"_name_or_path", "name_or_path"} & content.keys():
-            del content[name]
-            _write(path, content)
-    _write(stage / "export.json", {"call": call, **facts})
-    write_model_card(stage, teacher, call, facts, card)
-
-
-def _read(path: Path) -> dict[str, object]:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _write(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _staged(out: Path, force: bool, teacher: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well."""
-    if teacher.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out}: the teacher lies there; choose another folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not force or not (out / "export.json").is_file():
-            raise ValueError(f"{out}: not empty; only an export is replaced, and only by force")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        stage = Path(folder) / "new"
-        stage.mkdir()
-        yield stage
-        if out.exists():
-            out.rename(Path(folder) / "old")
-        stage.rename(out)

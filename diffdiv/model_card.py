@@ -42,6 +42,8 @@ def write_model_card(
     evaluation = card.get("evaluation", Evaluation(rows=[], card={}))
     lora = (folder / "pytorch_lora_weights.safetensors").is_file()
     text, steps = lora or (folder / "tokenizer").is_dir(), call["num_inference_steps"]
+    index = folder / "model_index.json"
+    kind = json.loads(index.read_text("utf-8"))["_class_name"] if index.is_file() else ""
     scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text("utf-8"))
     data = ModelCardData(
         library_name="diffusers",
@@ -59,6 +61,7 @@ def write_model_card(
         template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
         text=text,
         lora=lora,
+        code=kind if isinstance(kind, list) else None,  # file and class that travel with it
         scheduler=scheduler["_class_name"],
         call=call,
         steps="one step" if steps == 1 else f"{steps} steps",

@@ -70,6 +70,21 @@ def concatenate(parts: Sequence[Condition]) -> Condition:
     return Condition(**joined)
 
 
+def dropped(cond: Condition, uncond: Condition | None, rows: Tensor) -> Condition:
+    """``cond`` with the unconditional one in the ``rows`` [B] that are true.
+
+    Without an unconditional condition there is nothing to put there: ``cond`` itself.
+    """
+    if uncond is None:
+        return cond
+    blank = uncond.expand(len(rows)).tensors()
+    mixed = {}
+    for name, value in cond.tensors().items():
+        is_dropped = rows.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        mixed[name] = torch.where(is_dropped, blank[name].to(value), value)
+    return Condition(**mixed)
+
+
 #: ``call(net, x_in, net_time, cond) -> raw``: one short function per family, models/backbones.py
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 

@@ -60,6 +60,11 @@ class Generator:
             return (self.t_init, *(k * spacing - 1.0 for k in range(count - 1, 0, -1)))
         return tuple(self.t_init * k / count for k in range(count, 0, -1))
 
+    @property
+    def description(self) -> str:
+        """In words, for tables."""
+        return f"{self.num_steps} step{'s' if self.num_steps > 1 else ''}"
+
     def noise_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape of the noise for samples of ``shape``: a draw for each step, along the channels."""
         return self.num_steps * shape[0], *shape[1:]

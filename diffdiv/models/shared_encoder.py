@@ -155,6 +155,23 @@ class ParallelGenerator:
     encoder_time: float
     steps: ParallelSteps
 
+    @property
+    def description(self) -> str:
+        """In words, for tables."""
+        return f"1 pass, {len(self.steps.times)} decoder times"
+
+    num_steps = 1  # one call of the network
+    convention = "unit"  # its input is z itself
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The decoder's times."""
+        return tuple(float(t) for t in self.steps.times)
+
+    def noise_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Shape of the noise for samples of ``shape``: the same."""
+        return shape
+
     def outputs(self, z: Tensor, cond: Condition) -> Tensor:
         """Network outputs [K, B, C, H, W] for standard normal noise z [B, C, H, W]."""
         t = torch.full((len(z),), self.encoder_time, dtype=torch.float64, device=z.device)
@@ -167,3 +184,37 @@ class ParallelGenerator:
     def with_net(self, net: nn.Module) -> "ParallelGenerator":
         """The same generator around another :class:`SharedEncoder`."""
         return replace(self, denoiser=self.denoiser.with_net(net))
+
+
+def parallel_generator(
+    teacher: Denoiser,
+    unet: nn.Module,
+    decoder_times: Sequence[int],
+    encoder_time: int | None,
+) -> ParallelGenerator:
+    """The student made of ``unet``, with the noise schedule of its teacher.
+
+    The last step lands at the schedule's index 0, as Stable Diffusion's scheduler does.
+
+    Args:
+        teacher: gives schedule, prediction kind and how the family is called.
+        unet: the student's network, of the teacher's shape.
+        decoder_times: falling indices of the schedule.
+        encoder_time: what the encoder is told; None = the first of the decoder's.
+
+    Raises:
+        ValueError: if the network is no UNet2DConditionModel, the schedule is not
+            variance-preserving, or the times do not fit it.
+    """
+    schedule = teacher.schedule
+    if not isinstance(unet, UNet2DConditionModel) or schedule.family != "vp":
+        kind = f"a {type(unet).__name__} with a {schedule.family} schedule"
+        raise ValueError(f"the teacher is {kind}; wanted is a UNet2DConditionModel with vp")
+    indices = torch.arange(int(schedule.t_max) + 1, dtype=torch.float64)
+    table = schedule.alpha(indices).square()
+    steps = ParallelSteps.listed(teacher.prediction, decoder_times, table, float(table[0]))
+    first = decoder_times[0] if encoder_time is None else encoder_time
+    if not 0 <= first < len(table):
+        raise ValueError(f"encoder_time {first} lies outside 0..{len(table) - 1}")
+    denoiser = teacher.with_net(SharedEncoder(unet, decoder_times))
+    return ParallelGenerator(denoiser, float(first), steps)

@@ -6,15 +6,18 @@ from typing import TypedDict, cast
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdiv.models.adapters import SharedBase, merged_state_dict
 from diffdiv.models.backbones import load_denoiser
 from diffdiv.models.denoiser import Denoiser, GuidedDenoiser, guided
 from diffdiv.models.families import lora_targets
 from diffdiv.models.generator import Generator, InputConvention
+from diffdiv.models.shared_encoder import ParallelGenerator, parallel_generator
 from diffdiv.runtime.checkpoint import load_weights
 from diffdiv.sources import Source, open_source
+
+StudentGenerator = Generator | ParallelGenerator
 
 
 class Lora(TypedDict):
@@ -32,6 +35,14 @@ class Student(TypedDict):
     num_steps: int
     ema_half_lives: list[int]
     lora: Lora | None
+
+
+class ParallelStudent(TypedDict):
+    """The same of a TiUE student, which is always a full copy."""
+
+    decoder_times: list[int]
+    encoder_time: int | None
+    ema_half_lives: list[int]
 
 
 class Teacher(TypedDict):
@@ -57,6 +68,14 @@ class Distillation(TypedDict):
     teacher: Teacher
     student: Student
     data: Data
+
+
+def decoder_times(config: Distillation) -> tuple[list[int], int | None] | None:
+    """Times of the decoder and of the encoder of a TiUE student; None for any other."""
+    if config["recipe"] != "tiue":
+        return None
+    student = cast(ParallelStudent, config["student"])
+    return student["decoder_times"], student["encoder_time"]
 
 
 def read_distillation(run: Path) -> Distillation:
@@ -87,7 +106,10 @@ def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[
         ValueError: if there is no such average.
         CheckpointError: if there is no valid state.
     """
-    weights, lora = load_weights(run, "student", half_life or None), config["student"]["lora"]
+    weights = load_weights(run, "student", half_life or None)
+    if decoder_times(config) is not None:
+        return {name.removeprefix("unet."): value for name, value in weights.items()}
+    lora = config["student"]["lora"]
     if lora is None:
         return weights
     net = load_denoiser(Path(config["teacher"]["path"])).net
@@ -102,6 +124,16 @@ def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[
     return merged_state_dict(view)
 
 
+def _generator(config: Distillation, base: Denoiser, net: nn.Module) -> StudentGenerator:
+    """How the student of a run samples, around a network of the teacher's shape."""
+    if (times := decoder_times(config)) is not None:
+        return parallel_generator(base, net, *times)
+    student = config["student"]
+    return Generator(
+        base.with_net(net), student["t_init"], student["input_convention"], student["num_steps"]
+    )
+
+
 @dataclass(frozen=True)
 class OpenedRun:
     """What a run folder holds, ready to sample.
@@ -112,6 +144,7 @@ class OpenedRun:
         base: the unguided teacher; ``teacher``: with the run's guidance.
         source: conditions, captions, decoding.
         generator: the student with averaged weights, adapters merged.
+        untrained: the same with the teacher's weights.
         half_life: of that average, in images.
     """
 
@@ -120,7 +153,8 @@ class OpenedRun:
     base: Denoiser
     teacher: Denoiser | GuidedDenoiser
     source: Source
-    generator: Generator
+    generator: StudentGenerator
+    untrained: StudentGenerator
     half_life: int
 
 
@@ -152,11 +186,7 @@ def open_run(path: Path, device: torch.device) -> OpenedRun:
         base=base,
         teacher=guided(base, guidance, source.uncond),
         source=source,
-        generator=Generator(
-            base.with_net(student_net.to(device)),
-            student["t_init"],
-            student["input_convention"],
-            student["num_steps"],
-        ),
+        generator=_generator(config, base, student_net.to(device)),
+        untrained=_generator(config, base, base.net),
         half_life=half_life,
     )

@@ -12,8 +12,8 @@ import sdxl_recipe
 import torch
 from builders import losses_of, state_of, tiny_unet2d
 from diffusers import EDMEulerScheduler, UNet2DConditionModel, UNet2DModel
+from processes import CODE
 from safetensors.torch import load_file
-from test_two_processes import CODE
 from tiny_pipelines import tiny_sdxl
 from torch import nn
 from torchvision.utils import save_image

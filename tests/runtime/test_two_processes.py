@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_recipe
+from processes import CODE
 from test_run import config_for, content, difference, trained
 
 from diffdiv.runtime.config import dump_yaml
@@ -35,10 +36,6 @@ CASES |= {
     "sharded, fp16": {"precision": "fp16", "sharding": "fsdp2"},
     "sharded, nan": {"fault": "nan", "log_every": 1, "sharding": "fsdp2"},
 }
-CODE = (
-    "import os, sys; from diffdiv.runtime.launch import launch; "
-    "sys.exit(launch(sys.argv[1], sys.argv[2:], int(os.environ.get('PROCESSES', '2'))))"
-)
 
 
 def launched(log, *argv, **environment):

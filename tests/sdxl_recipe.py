@@ -1,4 +1,4 @@
-"""The f-distill recipe on a tiny SDXL in float64, for the tests of several processes.
+"""Distillation recipes on a tiny SDXL in float64, for the tests of several processes.
 
     sdxl_recipe.py FILE     several runs in one process (of torchrun); JSON, see Case
 
@@ -27,19 +27,20 @@ COMMON = [
 
 
 class Case(TypedDict, total=False):
-    """One run: overrides of configs/f_distill/sd.yaml, and what is done to it."""
+    """One run: overrides of a configuration, and what is done to it."""
 
     items: list[str]
+    config: str
     stop_after: int  # updates of the fake score; the run is told to stop there, then continued
     is_averaged: bool  # False: gradients stay those of each process
 
 
-def train(overrides: Sequence[str]) -> None:
+def train(overrides: Sequence[str], config: str = "configs/f_distill/sd.yaml") -> None:
     """A whole run in this process, or the rest of one."""
     from diffdiv.api import prepare
 
-    recipe, config = prepare("configs/f_distill/sd.yaml", overrides)
-    recipe.main(config)
+    recipe, resolved = prepare(config, overrides)
+    recipe.main(resolved)
 
 
 def interrupted(overrides: Sequence[str], updates: int) -> None:
@@ -97,7 +98,7 @@ def run_case(case: Case) -> None:
         Accelerator.prepare_model = lambda _, net: net
     if "stop_after" in case:
         interrupted(case["items"], case["stop_after"])
-    train(case["items"])
+    train(case["items"], case.get("config", "configs/f_distill/sd.yaml"))
     Accelerator.prepare_model = prepare
 
 
