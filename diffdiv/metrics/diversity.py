@@ -32,6 +32,33 @@ def in_batch_similarity(features: Tensor, groups: Tensor) -> float:
     return float(torch.stack(means).mean())
 
 
+def density_and_coverage(fake: Tensor, real: Tensor, *, neighbours: int = 5) -> tuple[float, float]:
+    """How densely samples lie among real ones, and how many real ones have a sample near.
+
+    Density and coverage of arXiv 2002.09797: balls around each real feature reach to its
+    ``neighbours``-th nearest other real one. Unlike improved precision and recall they bear
+    outliers. Both depend on the number of samples.
+
+    Args:
+        fake: features of generated images [N, D].
+        real: features of real images [M, D], M > neighbours.
+        neighbours: k.
+
+    Returns:
+        Density (1 when fake follows real; can exceed it) and coverage in [0, 1].
+
+    Raises:
+        ValueError: if there are too few real features.
+    """
+    if len(real) <= neighbours:
+        raise ValueError(f"real: {len(real)} features, more than {neighbours} are needed")
+    among = torch.cdist(real.double(), real.double())
+    radius = among.kthvalue(neighbours + 1, dim=1).values  # the first is itself
+    inside = torch.cdist(real.double(), fake.double()) <= radius[:, None]
+    density = inside.double().sum() / (neighbours * len(fake))
+    return float(density), float(inside.any(1).double().mean())
+
+
 def mode_metrics(x0: Tensor, mixture: GaussianMixture, *, share: float = 0.5) -> dict[str, float]:
     """How samples spread over the modes of the mixture they should follow.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffdiv.data.toy import gaussian_ring
-from diffdiv.metrics.diversity import in_batch_similarity, mode_metrics
+from diffdiv.metrics.diversity import density_and_coverage, in_batch_similarity, mode_metrics
 
 
 def test_similarity_is_the_mean_over_all_pairs():
@@ -61,3 +61,30 @@ def test_share_sets_what_counts_as_covered():
     assert mode_metrics(x0, ring, share=0.5)["mode_coverage"] == 0.5
     assert mode_metrics(x0, ring, share=0.25)["mode_coverage"] == 1
     assert mode_metrics(x0, ring)["mode_mass_error"] == pytest.approx(1 / 3 - 0.1)
+
+
+def test_density_and_coverage_are_those_of_the_definition() -> None:
+    """Counted pair by pair, as arXiv 2002.09797 defines them."""
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(n, 3, generator=generator) for n in (40, 30))
+    inside, covered, k = 0, 0, 5
+    for i, centre in enumerate(real):
+        others = sorted(float((centre - other).norm()) for j, other in enumerate(real) if j != i)
+        near = [float((centre - sample).norm()) <= others[k - 1] for sample in fake]
+        inside += sum(near)
+        covered += any(near)
+    density, coverage = density_and_coverage(fake, real, neighbours=k)
+    assert density == pytest.approx(inside / (k * len(fake)))
+    assert coverage == pytest.approx(covered / len(real))
+
+
+def test_density_and_coverage_tell_apart_what_they_should() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, same = (torch.randn(1000, 2, generator=generator) for _ in range(2))
+    density, coverage = density_and_coverage(same, real)
+    assert density == pytest.approx(1, abs=0.1) and coverage > 0.95
+    dense, collapsed = density_and_coverage(0.05 * same, real)  # one lump in the middle
+    assert dense > 1 and collapsed < 0.2
+    assert density_and_coverage(same + 50, real) == (0, 0)
+    with pytest.raises(ValueError, match="more than 5"):
+        density_and_coverage(same, real[:5])
