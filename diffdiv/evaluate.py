@@ -195,7 +195,7 @@ def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
     count, calls_of_student = student.description, student.num_steps
     return [
         (name, calls, lambda z, cond: ode(z[:, :channels], cond)),
-        (f"teacher's weights, {count}", calls_of_student, opened.untrained),
+        (f"{opened.start}, {count}", calls_of_student, opened.untrained),
         (f"student, {count}", calls_of_student, student),
     ]
 

@@ -221,7 +221,7 @@ def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = Fa
         out,
         t_init=student["t_init"],
         input_convention=student["input_convention"],
-        num_steps=student["num_steps"],
+        num_steps=student.get("num_steps", 1),
         card=card,
         force=force,
     )
@@ -240,7 +240,8 @@ def export_lora(run: Path, out: Path, *, ema: int | None = None, force: bool = F
     if decoder_times(config) is not None:
         raise ValueError(f"{run}: a TiUE student is a whole network; export it without --lora")
     student, teacher = config["student"], Path(config["teacher"]["path"])
-    lora, num_steps, (part, _) = student["lora"], student["num_steps"], network_config(teacher)
+    lora, (part, _) = student.get("lora"), network_config(teacher)
+    num_steps = student.get("num_steps", 1)
     if lora is None:
         raise ValueError(f"{run}: student.lora is null, so this student is a whole network")
     weights = load_weights(run, "student", half_life or None)

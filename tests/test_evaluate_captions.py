@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import TEXT_LENGTH, tiny_stable_diffusion, tiny_tokenizer
+from builders import tiny_stable_diffusion
 from PIL import Image
+from tiny_clip import write_clip
 from tiny_pipelines import write_pipeline
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from diffdiv import evaluate_captions as module
 from diffdiv import evaluate_images
@@ -50,21 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP model."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "projection_dim": 8,
-    }  # fmt: skip
-    text = tower | {"vocab_size": 64, "max_position_embeddings": TEXT_LENGTH}
-    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = tower | {"image_size": 16, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(folder)
-    size = {"height": 16, "width": 16}
-    pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
-    CLIPProcessor(pixels, tiny_tokenizer(folder / "words")).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

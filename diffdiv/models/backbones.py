@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffdiv.models.denoiser import Denoiser
 from diffdiv.models.families import FAMILIES, latent_shape, schedule_for
@@ -208,10 +209,26 @@ class LatentCodec:
         """Latents drawn from a posterior by the noise ``eps``, shifted and scaled."""
         return (mean + std * eps.to(mean.device) - self.shift) * self.scale
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in float32 on the VAE's device, not clamped.
+
+        Activations of the decoder are made again in the backward, big images one by one.
+        """
+
+        def decode(latent: Tensor) -> Tensor:
+            return self.vae.decode(latent / self.scale + self.shift, return_dict=False)[0]
+
+        parts = latents.float().to(self.vae.device).split(self._at_once(latents))
+        with torch.autocast(self.vae.device.type, enabled=False):  # SDXL's overflows in half
+            return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in parts])
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W] float32 on the CPU."""
-        chunk = max(1, min(64, 2**14 // latents[0, 0].numel()))  # one at a time at 1024 pixels
-        parts = latents.float().to(self.vae.device).split(chunk)
+        parts = latents.float().to(self.vae.device).split(self._at_once(latents))
         images = [self.vae.decode(p / self.scale + self.shift, return_dict=False)[0] for p in parts]
         return torch.cat(images).clamp(-1, 1).cpu()
+
+    @staticmethod
+    def _at_once(latents: Tensor) -> int:
+        return max(1, min(64, 2**14 // latents[0, 0].numel()))  # one at a time at 1024 pixels

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import torch
 import yaml
@@ -32,9 +32,10 @@ class Student(TypedDict):
 
     t_init: float
     input_convention: InputConvention
-    num_steps: int
+    num_steps: NotRequired[int]
     ema_half_lives: list[int]
-    lora: Lora | None
+    lora: NotRequired[Lora | None]
+    path: NotRequired[str]  # Diff-Instruct*: what it started from
 
 
 class ParallelStudent(TypedDict):
@@ -109,7 +110,7 @@ def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[
     weights = load_weights(run, "student", half_life or None)
     if decoder_times(config) is not None:
         return {name.removeprefix("unet."): value for name, value in weights.items()}
-    lora = config["student"]["lora"]
+    lora = config["student"].get("lora")
     if lora is None:
         return weights
     net = load_denoiser(Path(config["teacher"]["path"])).net
@@ -130,7 +131,10 @@ def _generator(config: Distillation, base: Denoiser, net: nn.Module) -> StudentG
         return parallel_generator(base, net, *times)
     student = config["student"]
     return Generator(
-        base.with_net(net), student["t_init"], student["input_convention"], student["num_steps"]
+        base.with_net(net),
+        student["t_init"],
+        student["input_convention"],
+        student.get("num_steps", 1),
     )
 
 
@@ -144,7 +148,8 @@ class OpenedRun:
         base: the unguided teacher; ``teacher``: with the run's guidance.
         source: conditions, captions, decoding.
         generator: the student with averaged weights, adapters merged.
-        untrained: the same with the teacher's weights.
+        untrained: the same with the weights it started from.
+        start: whose these are, "teacher's weights" or "before".
         half_life: of that average, in images.
     """
 
@@ -155,6 +160,7 @@ class OpenedRun:
     source: Source
     generator: StudentGenerator
     untrained: StudentGenerator
+    start: str
     half_life: int
 
 
@@ -171,6 +177,8 @@ def open_run(path: Path, device: torch.device) -> OpenedRun:
     base, student_net = load_denoiser(teacher_path), load_denoiser(teacher_path).net
     student_net.load_state_dict(student_state_dict(path, config, half_life))
     base.net.to(device)
+    first = student.get("path")
+    start = base.net if first is None else load_denoiser(Path(first)).net
     source = open_source(
         data["kind"],
         None if data["path"] is None else Path(data["path"]),
@@ -187,6 +195,7 @@ def open_run(path: Path, device: torch.device) -> OpenedRun:
         teacher=guided(base, guidance, source.uncond),
         source=source,
         generator=_generator(config, base, student_net.to(device)),
-        untrained=_generator(config, base, base.net),
+        untrained=_generator(config, base, start.to(device)),
+        start="teacher's weights" if first is None else "before",
         half_life=half_life,
     )

@@ -6,11 +6,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from builders import TEXT_LENGTH, tiny_tokenizer
+from tiny_clip import write_clip
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from diffdiv.metrics import images as module
 from diffdiv.metrics.card import metric_card, write_evaluation
@@ -141,24 +141,8 @@ def test_the_inception_route_is_torch_fidelitys(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clip(tmp_path):
-    torch.manual_seed(0)
-    tower = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "projection_dim": 8,
-    }
-    text = tower | {"vocab_size": 64, "max_position_embeddings": TEXT_LENGTH}
-    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = tower | {"image_size": 16, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(tmp_path / "clip")
-    size = {"height": 16, "width": 16}
-    pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
-    processor = CLIPProcessor(pixels, tiny_tokenizer(tmp_path / "words"))
-    processor.save_pretrained(tmp_path / "clip")
-    return tmp_path / "clip", model.eval(), processor
+    path = write_clip(tmp_path / "clip")
+    return path, CLIPModel.from_pretrained(path).eval(), CLIPProcessor.from_pretrained(path)
 
 
 def test_clip_score_is_the_clipped_cosine(clip):
