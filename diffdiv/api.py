@@ -30,8 +30,8 @@ class RunHandle:
         return [json.loads(line) for line in lines]
 
     def samples(self) -> list[Path]:
-        """The sample grids, oldest first."""
-        return sorted((self.folder / "samples").glob("step-*.png"))
+        """The files of samples drawn during training, oldest first."""
+        return sorted((self.folder / "samples").glob("step-*"))
 
     def export(self, out: str | Path, *, ema: int | None = None, force: bool = False) -> Path:
         """Write the student as a diffusers folder; see `diffdiv.export.export_run`."""
@@ -81,7 +81,8 @@ def train(
 def load(path: str | Path) -> "DiffusionPipeline":
     """The pipeline in an export, a run folder or any local diffusers folder.
 
-    Code that lies beside the weights runs only if it ships with diffdiv, byte for byte.
+    Code that lies beside the weights runs only if it ships with diffdiv, byte for byte; where such
+    a file is missing, as in ``assets/embedded_dna``, our own is taken.
 
     Raises:
         ValueError: ``path`` is none of these, or brings other code.

@@ -36,7 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; sample i depe
 
 @app.command()
 def demo(
-    system: Annotated[str, typer.Argument(help="f-distill or digits.")] = "f-distill",
+    system: Annotated[str, typer.Argument(help="f-distill, digits, tiue or drakes.")] = "f-distill",
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
 ) -> None:
     """Train, evaluate, export and report on an embedded teacher: minutes, offline, on a CPU."""
@@ -97,15 +97,22 @@ def plan(
 @app.command()
 def sample(
     path: Model,
-    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, class number or template (NNTATANN: N is designed); repeatable."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 4,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("samples"),
+    reward: Annotated[
+        str | None,
+        typer.Option(help="Scores sequences: dna_world, a motif file, or an export of oracles."),
+    ] = None,
 ) -> None:
-    """Generate images."""
+    """Generate images, or sequences as FASTA."""
     from diffdiv.generate import sample_path
 
-    for file in sample_path(path, prompt or [], num, seed, out):
+    for file in sample_path(path, prompt or [], num, seed, out, reward):
         _out.print(str(file))
 
 

@@ -20,7 +20,7 @@ GROUPS = {
     "Learning rates, speed and memory": "^lr|per_second|memory",
     "Other quantities": "",
 }
-_INK = "#123456"  # stands for the page's own text colour, light or dark
+INK = "#123456"  # stands for the page's own text colour, light or dark
 _MAX_POINTS = 300
 
 Points = list[tuple[float, float]]  # (step, value), in order
@@ -77,16 +77,16 @@ def _panel(name: str, series: Sequence[Points]) -> Panel:
         axes.plot(xs, ys, style, color=COLOURS[i % len(COLOURS)], linewidth=1.4)
     axes.set_yscale("log" if is_log else "linear")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(_INK)
-    axes.tick_params(which="both", colors=_INK, labelsize=8)
-    axes.grid(alpha=0.25, color=_INK)
+    axes.spines[:].set_color(INK)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
+    axes.grid(alpha=0.25, color=INK)
     words = "; ".join(f"from {p[0][1]:.4g} to {p[-1][1]:.4g}" for p in series if p)
     words += ", log axis" if is_log else ""
     words += f", means of {every} lines" if every > 1 else ""
-    return Panel(name, words, _svg(figure, f"{name}: {words}"))
+    return Panel(name, words, figure_svg(figure, f"{name}: {words}"))
 
 
-def _svg(figure: Figure, description: str) -> Markup:
+def figure_svg(figure: Figure, description: str) -> Markup:
     """The figure as an SVG element without ids that clash, fixed colours or outside addresses."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -96,4 +96,4 @@ def _svg(figure: Figure, description: str) -> Markup:
     used = set(re.findall(r'#([\w-]+)[)"]', text))
     text = re.sub(r' id="([\w-]+)"', lambda m: m.group(0) if m.group(1) in used else "", text)
     label = Markup('<svg role="img" aria-label="{}"').format(description)
-    return label + Markup(text.replace(_INK, "currentColor"))
+    return label + Markup(text.replace(INK, "currentColor"))

@@ -1,17 +1,22 @@
 """`diffdiv demo`: one system end to end on a CPU, offline: train, evaluate, export, report."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from diffdiv import api
+from diffdiv.demo_drakes import fine_tune_dna
+from diffdiv.demo_drakes_laws import front_table
 from diffdiv.evaluate import evaluate_path
 from diffdiv.export import export_run
 from diffdiv.metrics.card import Evaluation
 from diffdiv.report import write_report
 from diffdiv.verify import verify_export
+from diffdiv.verify_sequences import verify_sequences
 
 _USE_SD = """from diffusers import AutoPipelineForText2Image
 pipe = AutoPipelineForText2Image.from_pretrained("{export}")
@@ -20,27 +25,73 @@ image = pipe(prompt, num_inference_steps=1, guidance_scale=0).images[0]"""
 _USE_UNET = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{export}", trust_remote_code=True)
 image = pipe(class_labels=7).images[0]"""
+_USE_TIUE = """from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{export}", trust_remote_code=True)
+image = pipe("a bold red handwritten seven on white").images[0]"""
+_USE_SEQUENCES = """from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{export}", trust_remote_code=True)
+pipe("NNNNTTTACNNNN", batch_size=4).texts  # N is designed, the rest is kept"""
+
+Say = Callable[[str], None]
 
 
-def _f_distill(out: Path) -> tuple[Path, str]:
-    run = api.train("configs/demo/f_distill.yaml", {"run.folder": out})
-    return run.folder, _USE_SD
+class Shown(NamedTuple):
+    """What a demo has to show: ``proof`` says how the export was found to be right."""
+
+    table: Table
+    export: Path
+    proof: str
+    usage: str
 
 
-def _digits(out: Path) -> tuple[Path, str]:
+def _f_distill(out: Path, say: Say) -> Shown:
+    api.train("configs/demo/f_distill.yaml", {"run.folder": out})
+    return _student(out, say, _USE_SD)
+
+
+def _digits(out: Path, say: Say) -> Shown:
     teacher = api.train("configs/pretrain/digits.yaml", {"run.folder": out / "teacher"})
     values = {"run.folder": out, "teacher.path": teacher.folder / "export"}
-    return api.train("configs/demo/digits.yaml", values).folder, _USE_UNET
+    api.train("configs/demo/digits.yaml", values)
+    return _student(out, say, _USE_UNET)
 
 
-SYSTEMS = {"f-distill": _f_distill, "digits": _digits}
+def _tiue(out: Path, say: Say) -> Shown:
+    api.train("configs/demo/tiue.yaml", {"run.folder": out})
+    return _student(out, say, _USE_TIUE)
+
+
+def _student(run: Path, say: Say, usage: str) -> Shown:
+    say("evaluating teacher and student on the same conditions and noise")
+    evaluation = evaluate_path(run, num=500)
+    say("exporting, and checking the export in a process that cannot import diffdiv")
+    half_life = int(str(evaluation["card"]["ema_half_life"]))
+    export = export_run(run, run / "export", ema=half_life, force=True)
+    proof = f"x0 as in training to {verify_export(run, export):.0e}"
+    return Shown(results_table(evaluation), export, proof, usage)
+
+
+def _drakes(out: Path, say: Say) -> Shown:
+    evaluation = fine_tune_dna(out, say)
+    say("checking the export in a process that cannot import diffdiv")
+    proof = f"predictions as in training to {verify_sequences(out, out / 'export'):.0e} nats"
+    return Shown(front_table(evaluation), out / "export", proof, _USE_SEQUENCES)
+
+
+SYSTEMS: dict[str, Callable[[Path, Say], Shown]] = {
+    "f-distill": _f_distill,
+    "digits": _digits,
+    "tiue": _tiue,
+    "drakes": _drakes,
+}
 
 
 def run_demo(system: str, out: Path | None) -> Path:
     """Run one demo; started again it resumes, finished it only reports.
 
     Args:
-        system: "f-distill" (text to image, the main job) or "digits" (pixel-space EDM).
+        system: "f-distill" (text to image, the main job), "digits" (pixel-space EDM), "tiue" (one
+            encoder pass, four decoder times) or "drakes" (DNA fine-tuned for a reward).
         out: run folder; default ``runs/demo-SYSTEM``.
 
     Returns:
@@ -58,19 +109,14 @@ def run_demo(system: str, out: Path | None) -> Path:
         console.print(f"[bold]{time.monotonic() - start:5.0f} s[/bold]  {text}")
 
     say(f"training ({system})")
-    run, usage = SYSTEMS[system](out or Path("runs") / f"demo-{system}")
-    say("evaluating teacher and student on the same conditions and noise")
-    evaluation = evaluate_path(run, num=500)
-    say("exporting, and checking the export in a process that cannot import diffdiv")
-    half_life = int(str(evaluation["card"]["ema_half_life"]))
-    export = export_run(run, run / "export", ema=half_life, force=True)
-    difference = verify_export(run, export)
+    run = out or Path("runs") / f"demo-{system}"
+    shown = SYSTEMS[system](run, say)
     report = write_report([run], run / "report.html")
     say("done")
-    console.print(results_table(evaluation))
+    console.print(shown.table)
     console.print(f"report   {report}")
-    console.print(f"export   {export}  (x0 as in training to {difference:.0e})\n")
-    console.print(usage.replace("{export}", str(export)), highlight=False, markup=False)
+    console.print(f"export   {shown.export}  ({shown.proof})\n")
+    console.print(shown.usage.replace("{export}", str(shown.export)), highlight=False, markup=False)
     return run
 
 

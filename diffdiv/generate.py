@@ -1,58 +1,105 @@
-"""Images as files, from anything that diffusers can load from a local folder."""
+"""Samples as files, from anything that diffusers can load from a local folder."""
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from diffdiv.generate_sequences import open_rewards, sample_sequences
+from diffdiv.models import token_networks
 from diffdiv.resources import find
+
+_SEQUENCES = "MaskedSequencesPipeline"  # its code lies in the export; see pipelines/
+_EXPORTED_NETWORKS = {"token_networks": Path(token_networks.__file__)}  # beside their weights
 
 
 def load_pipeline(path: Path) -> DiffusionPipeline:
     """The pipeline in a local diffusers folder or in the ``export/`` of a run folder.
 
-    Only safetensors are read. Code in the folder runs only if it is, byte for byte, a pipeline
-    file that ships with diffdiv.
+    Only safetensors are read. Code in the folder runs only if it is, byte for byte, a file that
+    ships with diffdiv; files of that kind which the folder lacks are taken from here.
 
     Raises:
         ValueError: if there is no pipeline, or it brings other code.
     """
-    folder = _pipeline_folder(path)
+    folder = pipeline_folder(path)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json there, so it is not a diffusers pipeline")
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    custom = isinstance(index["_class_name"], list)
-    if custom:
-        name = f"{index['_class_name'][0]}.py"
-        ours = find(f"pipelines/{name}")
-        parts = [v for k, v in index.items() if isinstance(v, list) and not k.startswith("_")]
-        is_ours = ours is not None and ours.read_bytes() == (folder / name).read_bytes()
-        if not is_ours or {part[0] for part in parts} - {"diffusers", "transformers", None}:
-            raise ValueError(f"{folder}: brings code that does not ship with diffdiv; not loaded")
+    code = _own_code(folder)
+    if all((folder / place).is_file() for place in code):
+        return _from_pretrained(folder, trust=bool(code))
+    with TemporaryDirectory() as stage:
+        whole = Path(stage) / "pipeline"
+        shutil.copytree(folder, whole)
+        for place, ours in code.items():
+            shutil.copyfile(ours, whole / place)
+        return _from_pretrained(whole, trust=True)
+
+
+def _from_pretrained(folder: Path, *, trust: bool) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=custom
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=trust
     )
     assert isinstance(pipe, DiffusionPipeline)
     return pipe
 
 
-def sample_path(path: Path, prompts: Sequence[str], num: int, seed: int, out: Path) -> list[Path]:
-    """Generate PNG files from an export, a run or any local diffusers pipeline.
+def _own_code(folder: Path) -> dict[Path, Path]:
+    """The Python files that the pipeline runs from its folder, and those of ours they must equal.
 
-    An export is called as it was made for, another pipeline with its own defaults. The i-th image
+    Raises:
+        ValueError: if the folder wants, or holds, any other.
+    """
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    modules = {
+        Path(name) / f"{value[0]}.py": value[0]
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] not in ("diffusers", "transformers", None)
+        if not name.startswith("_")
+    }
+    if isinstance(index["_class_name"], list):
+        modules[Path(f"{index['_class_name'][0]}.py")] = index["_class_name"][0]
+    code = {}
+    for place, module in modules.items():
+        ours = _EXPORTED_NETWORKS.get(module) or find(f"pipelines/{module}.py")
+        there, is_plain = folder / place, all(part.isidentifier() for part in place.parts[:-1])
+        if (
+            ours is None
+            or not is_plain
+            or (there.is_file() and there.read_bytes() != ours.read_bytes())
+        ):
+            raise ValueError(f"{folder}: brings code that does not ship with diffdiv; not loaded")
+        code[place] = ours
+    return code
+
+
+def sample_path(
+    path: Path,
+    prompts: Sequence[str],
+    num: int,
+    seed: int,
+    out: Path,
+    reward: str | None = None,
+) -> list[Path]:
+    """Generate PNG files, or sequences.fa, from an export, a run or any local diffusers pipeline.
+
+    An export is called as it was made for, another pipeline with its own defaults. The i-th sample
     drawn has a generator of its own, seeded with seed + i.
 
     Args:
         path: folder, see :func:`load_pipeline`.
-        prompts: texts, or class numbers as texts for class-conditional networks; empty for
-            unconditional ones.
-        num: number of images for each prompt.
-        seed: of the first image.
-        out: folder for the images; made if absent.
+        prompts: texts, or class numbers as texts for class-conditional networks, or templates for
+            sequences (N: to be designed); empty for unconditional ones.
+        num: number of samples for each prompt.
+        seed: of the first sample.
+        out: folder for the files; made if absent.
+        reward: what sequences are scored by, see :func:`diffdiv.generate_sequences.open_rewards`.
 
     Returns:
         The files written, in order.
@@ -62,9 +109,15 @@ def sample_path(path: Path, prompts: Sequence[str], num: int, seed: int, out: Pa
     """
     pipe = load_pipeline(path)
     pipe.set_progress_bar_config(disable=True)
+    if type(pipe).__name__ == _SEQUENCES:
+        rewards = open_rewards(reward)
+        out.mkdir(parents=True, exist_ok=True)
+        return [sample_sequences(pipe, prompts, num, seed, out / "sequences.fa", rewards)]
+    if reward is not None:
+        raise ValueError(f"reward: {reward!r} scores sequences, and this pipeline makes images")
     # the base class declares no __call__
     generate = cast(Callable[..., ImagePipelineOutput], pipe)
-    record = _pipeline_folder(path) / "export.json"
+    record = pipeline_folder(path) / "export.json"
     call = json.loads(record.read_text("utf-8"))["call"] if record.is_file() else {}
     text = "tokenizer" in pipe.components
     if text and not prompts:
@@ -86,5 +139,6 @@ def sample_path(path: Path, prompts: Sequence[str], num: int, seed: int, out: Pa
     return files
 
 
-def _pipeline_folder(path: Path) -> Path:
+def pipeline_folder(path: Path) -> Path:
+    """The ``export/`` of a run folder; any other folder as it is."""
     return path / "export" if (path / "config.yaml").is_file() else path

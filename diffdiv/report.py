@@ -3,8 +3,9 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import jinja2
@@ -13,10 +14,12 @@ from pydantic import BaseModel, TypeAdapter
 
 from diffdiv.curves import COLOURS, DASHES, panels
 from diffdiv.runtime.yaml_io import ConfigError, Plain, read_yaml, redact, to_yaml
+from diffdiv.sequence_figures import Point, SequenceFigures, front_panels, logo_panel
 
 _LOWER = "frechet|fid|kid|distance|loss|error|divergence|seconds|memory"
 _HIGHER = "accuracy|precision|recall|coverage|density|score|clip|diversity"
 _HIGHER += "|^(digit|colour|background|stroke|all)$"  # accuracies of the embedded judge
+_SHOWN, _LONGEST = 6, 2000  # sequences shown of a file, letters of each
 Object = dict[str, object]
 _OBJECT = TypeAdapter(Object)
 
@@ -49,11 +52,17 @@ class RunPage:
         self.figures = Figures()
         with suppress(OSError, ValueError):
             self.figures = Figures.model_validate_json((folder / "evaluation.json").read_bytes())
-        self.summary = _summary(self.figures.rows)
+        said = self.figures.card.get("summary")  # where one sentence needs more than two rows
+        self.summary = said if isinstance(said, str) else _summary(self.figures.rows)
         self.lines = _objects(folder / "metrics.jsonl")
         self.last = self.lines[-1] if self.lines else {}
         self.events = _objects(folder / "events.jsonl")[-40:]
         self.pictures = _pictures(folder / "samples")
+        self.texts = _sequences(folder / "samples")
+        self.drawn = SequenceFigures()
+        with suppress(OSError, ValueError):
+            content = (folder / "sequences.json").read_bytes()
+            self.drawn = SequenceFigures.model_validate_json(content)
         self.captions = _object(folder / "samples/captions.json")
         self.export = _object(folder / "export/export.json")
         states = sorted((folder / "state").glob("step-*/manifest.json"))
@@ -62,7 +71,7 @@ class RunPage:
             "config.yaml (the configuration)": self.config,
             "metrics.jsonl (the curves)": self.lines,
             "evaluation.json (the figures; written by diffdiv evaluate)": self.figures.rows,
-            "samples/ (the pictures)": self.pictures,
+            "samples/ (the pictures, or sequences)": self.pictures or self.texts,
             "export/ (the student to use; written by diffdiv export)": (folder / "export").is_dir(),
         }
         self.missing = [name for name, found in files.items() if not found]
@@ -88,7 +97,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     environment.filters |= {"words": _words, "yaml": to_yaml, "data_url": _data_url}
     html = environment.get_template("report.html.j2").render(
         pages=pages,
-        columns=[(name, _direction(name), _best(name, rows)) for name in names],
+        columns=[(n, _direction(n), _best(n, rows)) for n in names if not _is_error(n, names)],
+        fronts=front_panels(_points(pages), [line for page in pages for line in page.drawn.lines]),
+        logo=logo_panel,
         step_key=step_key,
         groups=panels([page.lines for page in pages], step_key, ("images_seen", "seconds")),
         colours=COLOURS,
@@ -97,6 +108,15 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return out
+
+
+def _points(pages: Sequence[RunPage]) -> list[Point]:
+    """All models; of several runs each with the name of its run."""
+    return [
+        Point(f"{page.name}: {row.name}" if len(pages) > 1 else row.name, row.metrics)
+        for page in pages
+        for row in page.figures.rows
+    ]
 
 
 def _objects(path: Path) -> list[Object]:
@@ -125,6 +145,11 @@ def _words(value: object) -> str:
     return redact(text.replace(home, "~") if len(home) > 1 else text)
 
 
+def _is_error(name: str, names: Collection[str]) -> bool:
+    """Whether a metric is the standard error of another one, and shown beside it."""
+    return name.removesuffix("_error") in names and name.endswith("_error")
+
+
 def _direction(key: str) -> str:
     """Which way a metric is better: "lower", "higher", or "" when its name does not tell."""
     if re.search(_LOWER, key.lower()):
@@ -142,7 +167,10 @@ def _best(key: str, rows: Sequence[Row]) -> float | None:
 
 
 def _summary(rows: Sequence[Row]) -> str:
-    """The result in one sentence: the last student against the first teacher."""
+    """The result in one sentence: a policy and its reference, or a student and its teacher."""
+    by_name = {row.name: row.metrics for row in rows}
+    if {"reference", "policy"} <= by_name.keys():
+        return _tuned(by_name["reference"], by_name["policy"])
     teachers = [row for row in rows if row.name.startswith("teacher")]
     students = [row for row in rows if row.name.startswith("student")]
     if not teachers or not students:
@@ -157,6 +185,31 @@ def _summary(rows: Sequence[Row]) -> str:
         )
     better = f" ({_direction(key)} is better)" if _direction(key) else ""
     return f"{key.replace('_', ' ')}: student {said[0]}, teacher {said[1]}{better}."
+
+
+def _tuned(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What fine-tuning for a reward has changed, and its price."""
+    moved = [
+        f"{words} {before[key]:.3g} to {after[key]:.3g}"
+        for key, words in {"reward": "reward", "twin": "its twin, never trained on,"}.items()
+        if key in before and key in after
+    ]
+    price = f", at a path KL of {after['path_kl']:.3g} nats" if "path_kl" in after else ""
+    return f"From reference to policy: {'; '.join(moved)}{price}." if moved else ""
+
+
+def _sequences(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """The first sequences of the reference and of the policy, each with what its header says."""
+    found = {}
+    for name in ("reference", "policy"):
+        with suppress(OSError, ValueError), (folder / f"{name}.fa").open(encoding="ascii") as file:
+            lines = [line.strip()[:_LONGEST] for line in islice(file, 2 * _SHOWN)]
+            found[name] = [
+                (head[1:], letters)
+                for head, letters in zip(lines[::2], lines[1::2], strict=False)
+                if head.startswith(">") and letters.isalpha()
+            ]
+    return {name: pairs for name, pairs in found.items() if pairs}
 
 
 def _pictures(folder: Path) -> dict[str, Image.Image]:

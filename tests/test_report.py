@@ -63,6 +63,40 @@ def make_run(folder: Path, *, offset: float = 0.0) -> Path:
     return folder
 
 
+def make_sequence_run(folder: Path) -> Path:
+    """What train/drakes.py leaves, and the figures of the demo, with hostile names."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "export").mkdir()
+    (folder / "export" / "export.json").write_text('{"call": {"num_inference_steps": 20}}')
+    (folder / "config.yaml").write_text("recipe: drakes\n")
+    rows = [
+        {
+            "name": name,
+            "network_evaluations": 20,
+            "metrics": {
+                "reward": 1.25 + kl, "reward_error": 0.046, "twin": 0.5 + kl / 2, "path_kl": kl,
+                "path_kl_error": kl / 10, "distinct": 1.0,
+            },
+        }
+        for name, kl in [("reference", 0.0), ("policy", 2.0)]
+    ]  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "card": {"n": 256}}))
+    for name in ("reference", "policy"):
+        text = "".join(f">s-{i} reward={i} {HOSTILE}\n{'ACGT' * 25}\n" for i in range(9))
+        (folder / "samples" / f"{name}.fa").write_text(text)
+    place = [0.7, 0.1, 0.1, 0.1]
+    stacks = [{"name": f"{HOSTILE} 1.25 sites", "places": [place] * 14}] * 3
+    parts = [["ACGT" * 25, None], ["TATA", "HNF1"]]
+    drawn = {
+        "lines": [{"name": HOSTILE, "values": {"kl": [0, 1, 90], "reward": [1, 3, 5]}}],
+        "motifs": [{"name": HOSTILE, "stacks": stacks}, {"name": "HNF1", "stacks": stacks}],
+        "texts": {"pretrained": [{"head": HOSTILE, "parts": parts}]},
+        "note": HOSTILE,
+    }  # fmt: skip
+    (folder / "sequences.json").write_text(json.dumps(drawn))
+    return folder
+
+
 class Reader(HTMLParser):
     """Collects tags with their attributes, and the visible text."""
 
@@ -170,6 +204,45 @@ def test_usage_is_a_call_the_export_accepts(facts: dict, call: str, tmp_path: Pa
     assert "diffdiv export" not in said
 
 
+def test_sequences(tmp_path: Path) -> None:
+    run = make_sequence_run(tmp_path / "run")
+    text = write_report([run], tmp_path / "r.html").read_text("utf-8")
+    reader, said = Reader(text), " ".join(Reader(text).text.split())
+    wanted = "reward 1.25 to 3.25; its twin, never trained on, 0.5 to 1.5, at a path KL of 2 nats."
+    assert f"From reference to policy: {wanted}" in said
+    assert "3.25 ± 0.046" in said and "reward error" not in said
+    assert "(best)" not in said  # reward has a price: the highest is not the best
+    figures = [a["aria-label"] or "" for tag, a in reader.tags if tag == "svg"]
+    assert figures[0] == "reward against path KL: reference 1.25 at 0 nats; policy 3.25 at 2 nats"
+    assert figures[1].startswith("twin against path KL") and len(figures) == 4
+    assert [a for tag, a in reader.tags if tag == "mark" and a.get("title") == "HNF1"]
+    assert "NNNNTTTACNNNN" in said and "student" not in said
+    assert HOSTILE in reader.text and HOSTILE not in text and "<script>" not in text
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "a", "img"}
+
+
+def test_fronts_of_several_runs_say_whose_points_they_are(tmp_path: Path) -> None:
+    runs = [make_sequence_run(tmp_path / name) for name in ("first", "second")]
+    reader = Reader(write_report(runs, tmp_path / "r.html").read_text("utf-8"))
+    labels = [a.get("aria-label") or "" for _, a in reader.tags]
+    told = next(label for label in labels if "path KL" in label)
+    assert "first: policy 3.25 at 2 nats" in told and "second: reference 1.25 at 0 nats" in told
+
+
+def test_sequences_without_the_demos_figures(tmp_path: Path) -> None:
+    run = make_sequence_run(tmp_path / "run")
+    (run / "sequences.json").write_text('{"motifs": [{"name": "x", "stacks": [[2, 0, 0, 0]]}]}')
+    reader = Reader(write_report([run], tmp_path / "r.html").read_text("utf-8"))
+    assert "reference, the first 6" in reader.text and "ACGTACGT" in reader.text
+    assert HOSTILE in reader.text and "s-5 reward=5" in reader.text and "s-6" not in reader.text
+    assert len([tag for tag, _ in reader.tags if tag == "svg"]) == 2
+    (run / "samples" / "policy.fa").write_bytes(b"\xff>x\nACGT\n")
+    (run / "samples" / "reference.fa").write_text(">a\nAC<b>\n>b\n")
+    said = Reader(write_report([run], tmp_path / "r.html").read_text("utf-8")).text
+    assert "the first" not in said and "samples/" in said
+
+
 def test_comparison(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", offset=-2.0)]
     reader = Reader(write_report(runs, tmp_path / "sub" / "r.html").read_text("utf-8"))
@@ -194,6 +267,7 @@ PROBE = """<script>onload = () => {
 @pytest.mark.parametrize("width", [400, 1280])
 def test_in_a_browser(width: int, tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", offset=1.0)]
+    runs.append(make_sequence_run(tmp_path / "third"))
     report = write_report(runs, tmp_path / "r.html")
     chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
     chromium += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
@@ -220,4 +294,4 @@ def test_in_a_browser(width: int, tmp_path: Path) -> None:
     assert width - 20 <= result["width"] <= width
     assert result["needed"] <= result["width"]
     assert result["images"] == result["drawn"] == 6
-    assert result["shown"] >= 4
+    assert result["shown"] >= 8

@@ -34,7 +34,13 @@ from diffdiv.core.masking import (
     straight_through,
 )
 from diffdiv.models.tokens import TokenDenoiser
-from diffdiv.objectives.rollout import Reward
+from diffdiv.objectives.policy_gradient import (
+    Regulariser,
+    leave_one_out,
+    log_normaliser,
+    policy_gradient_loss,
+)
+from diffdiv.objectives.rollout import Reward, path_log_ratio, roll_out
 
 Metrics = dict[str, Tensor]
 #: ``penalty(x, log_p, log_ref, chain, step)`` -> [B]
@@ -145,6 +151,49 @@ def drakes_loss(
         "policy/loss": loss.detach(),
     }
     return loss, metrics
+
+
+def divergence_drakes_loss(
+    policy: TokenDenoiser,
+    reference: TokenDenoiser,
+    reward: Reward,
+    start: Tensor,
+    noise: Noise,
+    *,
+    path: SoftPath,
+    regulariser: Regulariser,
+    graded_steps: Sequence[int] | None = None,
+) -> tuple[Tensor, Metrics]:
+    """:func:`drakes_loss` with any f-divergence on paths in place of the KL.
+
+    To the reference: -E[r] + alpha D_f. To the target: alpha D_f between the tilted law and the
+    policy. Only a KL sums over steps. The others need log ratios of whole trajectories, so they
+    take the exact gradient of the policy gradient, on token trajectories with the same noise (with
+    hard = "step": on the same ones), while the reward's part of it is exchanged for the gradient
+    through the trajectory. That part alone is biased; for "target" also the estimate of log Z, by
+    order 1/B. There the bias weighs more, as the rest is largest where the reward is: prefer
+    hard = "step", or the policy gradient. Costs a rollout, a pass of the reference and one of the
+    policy more than "step", which is :func:`drakes_loss`.
+
+    Args:
+        policy, reference, reward, start, noise, path: as in :func:`drakes_loss`.
+        regulariser: level "step" (reverse KL to the reference) is exact step by step.
+        graded_steps: a uniformly random choice of the K steps for the score function; None = all.
+    """
+    if regulariser.level == "step":
+        return drakes_loss(
+            policy, reference, reward, start, noise, path=path, alpha=regulariser.alpha
+        )
+    loss, metrics = drakes_loss(policy, None, reward, start, noise, path=path, alpha=0.0)
+    rollout = roll_out(policy, path.chain, noise, start)
+    log_ratio = path_log_ratio(rollout, reference)
+    with torch.no_grad():
+        score = reward(rollout.one_hot(policy.num_tokens))
+    is_target = regulariser.to == "target"
+    log_z = log_normaliser(score, log_ratio, regulariser.alpha) if is_target else 0.0
+    advantage = leave_one_out(regulariser.beyond_reward(score, log_ratio, log_z))
+    rest = policy_gradient_loss(policy, rollout, advantage, graded_steps)
+    return regulariser.reward_weight * loss + rest, metrics | {"policy/kl": log_ratio.mean()}
 
 
 def _check(

@@ -96,6 +96,21 @@ class Regulariser:
         log_t = log_ratio - reward / self.alpha + log_z
         return -self.alpha * penalty(self._clipped(log_t), self.divergence)
 
+    def beyond_reward(
+        self, reward: Tensor, log_ratio: Tensor, log_z: Tensor | float = 0.0
+    ) -> Tensor:
+        """:meth:`advantage` less :attr:`reward_weight` times the reward [B]; no graph.
+
+        What is left for the score function when the reward's own gradient is taken another way.
+        """
+        return self.advantage(reward, log_ratio, log_z) - self.reward_weight * reward.detach()
+
+    @property
+    def reward_weight(self) -> float:
+        """How much of the reward itself is in the objective: 1 to the reference; to the target
+        h(1), the slope of -alpha pen in r / alpha where policy and target agree."""
+        return 1.0 if self.to == "reference" else float(self.divergence.h(torch.zeros(())))
+
     def _clipped(self, log_ratio: Tensor) -> Tensor:
         return log_ratio if self.clip is None else log_ratio.clamp(*self.clip)
 

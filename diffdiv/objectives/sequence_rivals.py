@@ -1,133 +1,22 @@
-"""Other ways to sequences of high reward, beside DRAKES and the policy gradient.
+"""Other ways to train a masked diffusion for reward, beside DRAKES and the policy gradient.
 
-    policy, reference    denoisers; without training the reference is also what is sampled
-    v(x)                 value guess of a state: reward of the likeliest tokens under one call
+    policy, reference    denoiser in training; frozen denoiser it started from
+    r                    reward of a sequence
     alpha                temperature, reward units per nat; the aim: P_reference exp(r / alpha) / Z
 
-Without training: best of N, sequential Monte Carlo with the reference or a guided model as its
-proposal (twisted, arXiv 2306.17775), guidance by the gradient of the reward at the *probabilities*
-of the tokens. With training: distillation of the soft-optimal step policy (VIDD, arXiv 2507.00445).
+Distillation of the soft-optimal step policy (VIDD, arXiv 2507.00445); group-relative policy
+optimisation with the likelihood of one call (diffu-GRPO of d1, arXiv 2504.12216); alignment of the
+posteriors of single states. None needs a gradient of the reward, none follows a trajectory in
+training. The weighted denoising cross-entropy is in objectives/policy_gradient.py.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from diffdiv.core.masking import Chain, LogProbs, Noise, ancestral_step, step_log_prob
+from diffdiv.core.masking import step_log_prob
 from diffdiv.models.tokens import TokenDenoiser
+from diffdiv.objectives.particles import likeliest
 from diffdiv.objectives.rollout import Reward
-
-#: ``uniform(step)`` -> numbers in [0, 1) that choose the particles after that step, []
-Uniform = Callable[[int], Tensor]
-
-
-def likeliest(log_p: Tensor) -> Tensor:
-    """One-hot sequences of the likeliest tokens [B, L, V], float32."""
-    return one_hot(log_p.argmax(-1), log_p.shape[-1]).float()
-
-
-def best_of_n(reward: Tensor, group: int) -> Tensor:
-    """Index of the best of each group of N consecutive samples, [B / N].
-
-    Its path KL to the reference is at most log N - (N - 1) / N nats.
-
-    Raises:
-        ValueError: if the samples are not whole groups.
-    """
-    if group < 1 or len(reward) % group:
-        raise ValueError(f"group: {len(reward)} samples are no groups of {group}")
-    best = reward.view(-1, group).argmax(1)
-    return best + group * torch.arange(len(best), device=reward.device)
-
-
-def guided_log_probs(reference: TokenDenoiser, reward: Reward, alpha: float) -> LogProbs:
-    """The reference tilted towards reward, position by position: log p + g / alpha, normalised.
-
-    g is the gradient of the reward at the expected one-hot sequence, the probabilities of the
-    tokens, with revealed tokens as they are. The rate at which positions are revealed is unchanged
-    (arXiv 2406.01572 changes it).
-    """
-
-    def log_probs(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            log_p = reference.log_probs(x)
-        with torch.enable_grad():
-            expected = log_p.exp().requires_grad_()
-            (g,) = torch.autograd.grad(reward(expected).sum(), expected)
-        # a revealed position stays: what cannot happen is too far below for any sane gradient
-        return torch.log_softmax(log_p + g / alpha, -1)
-
-    return log_probs
-
-
-def systematic_resampling(log_weights: Tensor, u: Tensor) -> Tensor:
-    """Indices [B] of the particles that go on; particle b is kept B w_b times on average.
-
-    Args:
-        log_weights: of the particles [B], not normalised.
-        u: one uniform number in [0, 1), [].
-    """
-    size = len(log_weights)
-    edges = torch.softmax(log_weights.double(), 0).cumsum(0)
-    places = (torch.arange(size, device=edges.device) + u.to(edges.device)) / size
-    return torch.searchsorted(edges, places).clamp_max(size - 1)
-
-
-@torch.no_grad()
-def sequential_monte_carlo(
-    reference: TokenDenoiser,
-    reward: Reward,
-    alpha: float,
-    chain: Chain,
-    noise: Noise,
-    uniform: Uniform,
-    start: Tensor,
-    *,
-    proposal: LogProbs | None = None,
-    threshold: float = 0.5,
-) -> tuple[Tensor, Tensor]:
-    """Particles for the law P_reference exp(r / alpha) / Z, and their weights.
-
-    Weights grow by log P_reference - log proposal of what is revealed plus the change of
-    v / alpha; the last value is the reward itself, so the weighted particles are consistent for
-    that law as B grows, whatever proposal and values. Particles are resampled when their effective
-    number falls below ``threshold`` B, not at every step.
-
-    Args:
-        reference: frozen.
-        reward: of one-hot sequences; its gradient is not used here.
-        alpha: temperature > 0.
-        chain: grid that ends at t = 0.
-        noise: Gumbel noise of step k [B, L, V+1].
-        uniform: of the resampling.
-        start: B particles at the beginning [B, L].
-        proposal: what is sampled from; None = the reference. :func:`guided_log_probs` gives twisted
-            sampling.
-        threshold: share of B in [0, 1]; 0 = importance sampling.
-
-    Returns:
-        Tokens [B, L] and normalised log-weights [B].
-    """
-    tokens, log_ref = start, reference.log_probs(start)
-    value = reward(likeliest(log_ref)).double()
-    log_weights = value / alpha
-    for step in range(chain.num_steps):
-        log_q = log_ref if proposal is None else proposal(tokens)
-        after = ancestral_step(tokens, log_q, chain.rho(step), noise(step))
-        gained = step_log_prob(tokens, after, log_ref) - step_log_prob(tokens, after, log_q)
-        log_weights = log_weights + gained - value / alpha
-        # behind the last step the likeliest tokens are the tokens, and the value is the reward
-        tokens, log_ref = after, reference.log_probs(after)
-        value = reward(likeliest(log_ref)).double()
-        log_weights = log_weights + value / alpha
-        share = torch.softmax(log_weights, 0).square().sum().reciprocal() / len(tokens)
-        if step < chain.num_steps - 1 and float(share) < threshold:
-            kept = systematic_resampling(log_weights, uniform(step))
-            tokens, log_ref, value = tokens[kept], log_ref[kept], value[kept]
-            log_weights = torch.zeros_like(log_weights)
-    return tokens, torch.log_softmax(log_weights, 0)
 
 
 def soft_policy_distillation_loss(
@@ -148,7 +37,7 @@ def soft_policy_distillation_loss(
 
     Args:
         policy: with trainable parameters.
-        old: frozen; also gives the values.
+        old: frozen; also gives the values, rewards of its likeliest tokens.
         reward: of one-hot sequences; its gradient is not used.
         before, after: tokens around a step of old [B, L].
         alpha: temperature > 0.
@@ -159,3 +48,117 @@ def soft_policy_distillation_loss(
         weights = (gain / alpha).clamp_max(max_log_weight).exp()
     log_p = step_log_prob(before, after, policy.log_probs(before))
     return -(weights * log_p).mean()
+
+
+def group_advantages(reward: Tensor, group: int) -> Tensor:
+    """Each reward [B] minus the mean of its group of consecutive samples; no division by a spread.
+
+    Raises:
+        ValueError: if the samples are not whole groups of two or more.
+    """
+    if group < 2 or len(reward) % group:
+        raise ValueError(f"group: {len(reward)} samples are no groups of {group}, 2 at least")
+    groups = reward.view(-1, group)
+    return (groups - groups.mean(1, keepdim=True)).flatten()
+
+
+def one_step_log_probs(denoiser: TokenDenoiser, tokens: Tensor, start: Tensor) -> Tensor:
+    """log p of each token given ``start`` alone, from one call [B, L]; 0 where start shows it.
+
+    Their sum is the likelihood of a product of positions, not of the sequence: from an all-masked
+    start it knows nothing of what goes together.
+    """
+    log_p = denoiser.log_probs(start).gather(-1, tokens[..., None])[..., 0]
+    return torch.where(start == denoiser.mask_id, log_p, 0.0)
+
+
+def one_step_policy_loss(
+    policy: TokenDenoiser,
+    tokens: Tensor,
+    start: Tensor,
+    advantage: Tensor,
+    *,
+    old_log_p: Tensor,
+    ref_log_p: Tensor,
+    beta: float,
+    clip: float = 0.5,
+) -> Tensor:
+    """Clipped, group-relative, with the likelihood of one call in place of the path's, [].
+
+    -mean over masked positions of min(rho A, clip(rho) A) - beta k3, rho = p / p_old,
+    k3 = p_ref / p - log(p_ref / p) - 1. On samples of the policy the gradient of k3 is that of
+    KL(reference || policy), the *forward* KL, of the product of positions.
+
+    The bias: nothing is learnt at any state but ``start``, so of the law of sequences only single
+    positions move. Where positions are independent under the policy it is the exact policy
+    gradient; else it is not the gradient of E[r].
+
+    Args:
+        policy: with trainable parameters.
+        tokens: its samples [B, L].
+        start: what they began with [B, L].
+        advantage: [B], see :func:`group_advantages`.
+        old_log_p, ref_log_p: :func:`one_step_log_probs` of the policy that sampled, and of the
+            reference; no graph.
+        beta: weight of k3, reward units per nat and position.
+        clip: rho counts within 1 - clip .. 1 + clip.
+    """
+    log_p = one_step_log_probs(policy, tokens, start)
+    rho = (log_p - old_log_p.detach()).exp()
+    a = advantage.detach()[:, None]
+    gain = torch.minimum(rho * a, rho.clamp(1 - clip, 1 + clip) * a)
+    log_r = ref_log_p.detach() - log_p
+    k3 = log_r.exp() - log_r - 1
+    masked = start == policy.mask_id
+    return -torch.where(masked, gain - beta * k3, 0.0).sum() / masked.sum()
+
+
+def posterior_candidates(reference: TokenDenoiser, state: Tensor, gumbel: Tensor) -> Tensor:
+    """N completions of each state from one call: positions drawn independently, [B, N, L].
+
+    Args:
+        reference: frozen.
+        state: partly masked tokens [B, L].
+        gumbel: Gumbel noise [N, B, L, V].
+    """
+    with torch.no_grad():
+        return (reference.log_probs(state) + gumbel).argmax(-1).transpose(0, 1)
+
+
+def posterior_alignment_loss(
+    policy: TokenDenoiser,
+    reference: TokenDenoiser,
+    state: Tensor,
+    candidates: Tensor,
+    reward: Tensor,
+    *,
+    alpha: float,
+) -> Tensor:
+    """Cross-entropy from softmax(r / alpha) to softmax(log policy / reference) over candidates, [].
+
+    Asks that the policy's completion of a state be the reference's times exp(r / alpha); no
+    trajectory, any reward, any stored state. Exact at states with one masked position, whatever the
+    candidates; elsewhere both sides are products over positions, which the tilted posterior is not.
+    Kin of the stepwise alignment of arXiv 2507.04832, whose formulas were not at hand; derived
+    here.
+
+    Args:
+        policy: with trainable parameters.
+        reference: frozen; the candidates should be its completions.
+        state: partly masked tokens [B, L].
+        candidates: N completions of each state [B, N, L].
+        reward: of the candidates [B, N].
+        alpha: temperature > 0.
+    """
+    with torch.no_grad():
+        log_ref = _completion_log_probs(reference, state, candidates)
+        target = torch.softmax(reward / alpha, 1)
+    log_ratio = _completion_log_probs(policy, state, candidates) - log_ref
+    return -(target * torch.log_softmax(log_ratio, 1)).sum(1).mean()
+
+
+def _completion_log_probs(denoiser: TokenDenoiser, state: Tensor, candidates: Tensor) -> Tensor:
+    """Log-probabilities [B, N] of completions given a state, as products over its masked places."""
+    log_p = denoiser.log_probs(state)[:, None].expand(-1, candidates.shape[1], -1, -1)
+    picked = log_p.gather(-1, candidates[..., None])[..., 0]
+    return torch.where(state[:, None] == denoiser.mask_id, picked, 0.0).sum(-1)

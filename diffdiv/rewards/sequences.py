@@ -1,6 +1,6 @@
 """Rewards of DNA sequences: motifs, and any function of the user's, checked before it is trusted.
 
-x         one-hot or soft sequences [B, L, 4] in the order A, C, G, T, or int64 tokens [B, L]
+x         one-hot or soft sequences [B, L, V], or int64 tokens [B, L]; DNA: V = 4, A, C, G, T
 reward    [B], higher is better; its unit is the unit of alpha in KL-regularised fine-tuning
 M         motifs; u in (0, 1) says how surely one is there
 """
@@ -37,9 +37,10 @@ class SequenceReward:
     Attributes:
         name: in reports and errors.
         function: scores a batch; each score depends on its own sequence only.
-        takes: what the function is given, "one_hot" (float [B, L, 4]) or "tokens" (int64 [B, L]).
+        takes: what the function is given, "one_hot" (float [B, L, V]) or "tokens" (int64 [B, L]).
         differentiable: whether its gradient in one-hot input means something.
         bounds: (lowest, highest) value possible, if known.
+        num_tokens: V.
     """
 
     name: str
@@ -47,6 +48,7 @@ class SequenceReward:
     takes: Literal["one_hot", "tokens"] = "one_hot"
     differentiable: bool = True
     bounds: tuple[float, float] | None = None
+    num_tokens: int = 4
 
     def __post_init__(self) -> None:
         if self.takes == "tokens" and self.differentiable:
@@ -61,7 +63,7 @@ class SequenceReward:
         if self.takes == "tokens":
             given = x.argmax(-1) if x.is_floating_point() else x
         else:
-            given = x if x.is_floating_point() else one_hot(x, 4).float()
+            given = x if x.is_floating_point() else one_hot(x, self.num_tokens).float()
         found = self.function(given)
         if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -80,6 +82,7 @@ def check_reward(
     needs_gradient: bool,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    start: Tensor | None = None,
 ) -> None:
     """Try a reward on random sequences, so that a faulty one is named before the first step.
 
@@ -89,14 +92,20 @@ def check_reward(
         needs_gradient: whether training differentiates it (DRAKES, guidance).
         device: to try on.
         seed: of the sequences.
+        start: tokens to keep [L]; letters are drawn where there is none of them (the mask). None:
+            letters are drawn everywhere.
 
     Raises:
         RewardError: if it raises, returns another shape or a number that is not finite, differs
             between two calls (dropout left on), depends on the other sequences of the batch (batch
             norm left in training mode), or has no usable gradient although one is needed.
     """
-    tokens = torch.randint(0, 4, (4, length), generator=torch.Generator().manual_seed(seed))
-    x = one_hot(tokens, 4).float().to(device)
+    generator, size = torch.Generator().manual_seed(seed), reward.num_tokens
+    # of 21 tokens of proteins the last is "unknown"
+    tokens = torch.randint(0, min(size, 20), (4, length), generator=generator)
+    if start is not None:
+        tokens = torch.where(start.cpu() < size, start.cpu(), tokens)
+    x = one_hot(tokens, size).float().to(device)
     name = f"reward {reward.name}"
     try:
         with torch.no_grad():

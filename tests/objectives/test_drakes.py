@@ -23,6 +23,7 @@ from enumerable_masked import (
     subs,
     value,
 )
+from table_policies import all_paths, denoiser, gradient, noise, start
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -39,10 +40,6 @@ RHOS = [CHAIN.rho(k) for k in range(K)]
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 
 
-def denoiser(net: TableNet) -> TokenDenoiser:
-    return TokenDenoiser(net, lambda net, x: net(x), TOKENS)
-
-
 @pytest.fixture(scope="module")
 def instance() -> Instance:
     return Instance()
@@ -55,28 +52,6 @@ def reference(instance) -> TokenDenoiser:
 
 def policy(instance: Instance, scale: float = 0.7, seed: int = 1) -> TokenDenoiser:
     return denoiser(TableNet(instance.perturbed(scale, seed)))
-
-
-def start(batch: int) -> Tensor:
-    return torch.full((batch, LENGTH), MASK)
-
-
-def noise(batch: int, seed: int = 0) -> masking.Noise:
-    """Float64 Gumbel noise of a whole batch from one generator per step."""
-
-    def draw(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1000 * seed + step)
-        shape = (batch, LENGTH, TOKENS + 1)
-        return masking.gumbel_from_normal(
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-        )
-
-    return draw
-
-
-def gradient(loss: Tensor, of: TokenDenoiser) -> Tensor:
-    grads = torch.autograd.grad(loss, list(of.net.parameters()))
-    return torch.cat([g.flatten() for g in grads])
 
 
 # -- rollouts ----------------------------------------------------------------------------------
@@ -211,23 +186,6 @@ def test_penalty_is_f_minus_its_tangent(divergence):
     at = torch.linspace(-4, 4, 33, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     torch.testing.assert_close(pg.penalty(at, divergence), tangent(-at) - tangent(zero))
-
-
-def all_paths(rho: float) -> tuple[rollout.Rollout, Tensor]:
-    """Every path of two steps: state in between (any of 625), then a clean sequence.
-
-    Returns the paths as a batch, with the part of their probabilities that is about reveal times.
-    """
-    between, end = (
-        ((STATES[:, None] == STATES[CLEAN]) | (STATES[:, None] == MASK))
-        .all(2)
-        .nonzero(as_tuple=True)
-    )
-    states = torch.stack([start(len(end)), STATES[between], STATES[CLEAN][end]])
-    shown = (STATES[between] != MASK).sum(1).double()
-    times = rho**shown * (1 - rho) ** (LENGTH - shown)
-    chain = masking.Chain((1.0, 0.5, 0.0), (1.0, 1 - rho, 0.0))
-    return rollout.Rollout(chain, states, torch.zeros(2, len(end))), times
 
 
 @ALL

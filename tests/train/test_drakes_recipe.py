@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from builders import losses_of, state_of
 
 from diffdiv.api import prepare
-from diffdiv.data.sequence_files import read_sequences
+from diffdiv.data.sequence_files import read_sequences, write_fasta
 from diffdiv.export_sequences import export_masked_sequences, load_token_denoiser, stored_length
 from diffdiv.models.token_networks import DilatedTokenNet
 from diffdiv.runtime.config import ConfigError
@@ -51,9 +52,13 @@ def figures(run):
 
 
 GRADIENT = ["objective.name=policy_gradient", "objective.num_graded=3"]
+ENTROPY = ["objective.name=masked_cross_entropy", "objective.num_graded=2"]
+METHODS = pytest.mark.parametrize(
+    "method", [[], GRADIENT, ENTROPY], ids=["drakes", "policy_gradient", "masked_cross_entropy"]
+)
 
 
-@pytest.mark.parametrize("method", [[], GRADIENT], ids=["drakes", "policy_gradient"])
+@METHODS
 def test_reward_rises_and_alpha_holds_the_policy_near(files, tmp_path, method):
     rounds = ["run.steps=60", "run.batch_size=64", "run.sample_every=60", "run.save_every=60"]
     found = {
@@ -81,7 +86,7 @@ def test_what_is_exported_is_what_was_measured(files, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [[], [*GRADIENT, "objective.target_kl=0.5"]])
+@pytest.mark.parametrize("method", [[], [*GRADIENT, "objective.target_kl=0.5"], ENTROPY])
 def test_stopped_and_resumed_it_ends_bitwise_equal(files, tmp_path, monkeypatch, method):
     whole = train(tmp_path / "whole", files, *method)
     update = Run.update
@@ -101,7 +106,7 @@ def test_stopped_and_resumed_it_ends_bitwise_equal(files, tmp_path, monkeypatch,
     assert losses_of(whole) == losses_of(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("method", [[], GRADIENT], ids=["drakes", "policy_gradient"])
+@METHODS
 def test_accumulation_changes_nothing_but_rounding(files, tmp_path, method):
     """Half the batch and twice the accumulation: users of the released code saw another result."""
     one = losses_of(train(tmp_path / "one", files, *method))
@@ -116,6 +121,7 @@ def test_accumulation_changes_nothing_but_rounding(files, tmp_path, method):
         ("objective.num_soft=7", "num_soft 7 is more than num_steps 6"),
         ("objective.num_graded=3", "num_graded 3 is more than the 2 hard steps"),
         ("objective.divergence=forward_kl", "drakes has the KL only"),
+        ("objective.alpha=-1", "alpha"),
         ("reward.kind=oracle", "must hold finetune/"),
         ("reward.path=/no/such/file", "must be a MEME or JASPAR file"),
         ("objective.alfa=1", "alpha"),
@@ -124,6 +130,14 @@ def test_accumulation_changes_nothing_but_rounding(files, tmp_path, method):
 def test_mistakes_are_told_before_anything_is_loaded(files, item, word):
     with pytest.raises(ConfigError, match=word):
         prepare("configs/drakes/dna.yaml", [*SMALL, *files, item])
+
+
+@pytest.mark.parametrize("more", [GRADIENT, ENTROPY, ["objective.target_kl=1"]])
+def test_only_drakes_does_without_anything_that_holds_back(files, tmp_path, more):
+    free = [*SMALL, *files, f"run.folder={tmp_path}", "objective.alpha=0"]
+    with pytest.raises(ConfigError, match="alpha: 0 is for drakes"):
+        prepare("configs/drakes/dna.yaml", [*free, *more])
+    assert prepare("configs/drakes/dna.yaml", free)
 
 
 def test_a_reward_without_gradient_is_named_before_the_first_step(files, tmp_path, monkeypatch):
@@ -137,3 +151,47 @@ def test_a_reward_without_gradient_is_named_before_the_first_step(files, tmp_pat
         train(tmp_path, files)
     assert not (tmp_path / "state").exists()
     train(tmp_path / "free", files, *GRADIENT)
+
+
+@pytest.mark.slow  # two to four minutes
+def test_real_peaks(tmp_path):
+    """CTCF and PU.1 peaks together, fine-tuned towards CTCF: the oracle never trained on agrees."""
+    data = Path(os.environ.get("DIFFDIV_DNA_DATA", "/nonexistent"))
+    if not (data / "ctcf.fa.gz").is_file():
+        pytest.skip("DIFFDIV_DNA_DATA names no folder with ctcf.fa.gz and pu1.fa.gz")
+    ctcf, pu1 = (read_sequences(data / f"{name}.fa.gz") for name in ("ctcf", "pu1"))
+    names = [f"{i}:{c}" for i, c in enumerate((*ctcf.chromosomes, *pu1.chromosomes))]
+    write_fasta(tmp_path / "both.fa", torch.cat([ctcf.tokens, pu1.tokens]), names=names)
+    quiet = [
+        "run.device=cpu", "run.trackers=[]", "run.sample_every=null", "run.save_every=null",
+        "run.log_every=100", "optimizer.betas=[0.9,0.99]",
+    ]  # fmt: skip
+    steps = {
+        "pretrain": [
+            f"data.path={tmp_path / 'both.fa'}", "run.batch_size=64", "run.steps=700", "lr=8e-3",
+            "model.width=48", "model.kernel=7", "model.dilations=[1,2,4,8,1,2]",
+            "export.num_steps=20", "ema_half_life=4000", "optimizer.warmup_steps=100",
+            "optimizer.decay_fraction=0.8",
+        ],
+        "oracle": [
+            f"data.positive={data / 'ctcf.fa.gz'}", f"data.negative={data / 'pu1.fa.gz'}",
+            "run.steps=400",
+        ],
+        "drakes": [
+            f"reference.path={tmp_path / 'pretrain'}", f"reward.path={tmp_path}/oracle/export",
+            "reward.bound=6", "run.batch_size=32", "run.accumulation=4", "run.steps=30",
+            "objective.num_steps=20", "objective.num_soft=19", "objective.num_graded=1",
+            "objective.checkpointing=false", "objective.alpha=0.3", "lr=2e-3", "num_evaluated=256",
+            "optimizer.warmup_steps=10", "optimizer.decay_fraction=0.8",
+        ],
+    }  # fmt: skip
+    for name, items in steps.items():
+        config = f"configs/{name}/dna.yaml"
+        recipe, resolved = prepare(config, [*quiet, *items, f"run.folder={tmp_path / name}"])
+        recipe.main(resolved)
+    found = figures(tmp_path / "drakes")
+    before, after = found["reference"], found["policy"]
+    for key in ("reward", "twin"):  # by five standard errors, and by a unit of log-odds
+        error = (before[f"{key}_error"] ** 2 + after[f"{key}_error"] ** 2) ** 0.5
+        assert after[key] - before[key] > max(1.0, 5 * error)
+    assert 0 < after["path_kl"] < 30 and after["distinct"] == 1
