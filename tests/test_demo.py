@@ -56,9 +56,9 @@ def test_digits(tmp_path):
 
 
 def test_an_unknown_demo_is_refused():
-    with pytest.raises(ValueError, match=r"'sdxl' is not one of f-distill, digits, drakes"):
+    with pytest.raises(ValueError, match=r"'sdxl' is not one of f-distill, digits, tiue, drakes"):
         run_demo("sdxl", None)
-    assert set(SYSTEMS) == {"f-distill", "digits", "drakes"}
+    assert set(SYSTEMS) == {"f-distill", "digits", "tiue", "drakes"}
 
 
 def test_the_table_fits_a_terminal_of_80_columns():

@@ -171,7 +171,7 @@ def test_told_to_stop_it_goes_on_where_it_was_and_finished_it_only_reports(tmp_p
     assert logs == {path: path.stat().st_mtime_ns for path in run.rglob("log.txt")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_as_a_newcomer_runs_it(tmp_path):
     """Held-out reward and twin rise together; nobody passes the front; no KL means no brake."""
     done = subprocess.run(
