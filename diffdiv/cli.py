@@ -117,6 +117,45 @@ def sample(
 
 
 @app.command()
+def stats(
+    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Video pipeline.")],
+    videos: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Their folder.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("latent_stats.safetensors"),
+    granularity: Annotated[
+        Literal["channel", "shrunk", "pixel"], typer.Option(help="pixel needs 100 clips.")
+    ] = "channel",
+    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Of the clips; the files'.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Clips; all.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure a video model's clean latents once, to start its sampling later."""
+    from rich.progress import Progress
+
+    from diffdiv.video_clips import measure_latent_stats
+
+    given = [side for side in (frames, height, width) if side is not None]
+    if len(given) not in (0, 3):
+        raise ValueError("--frames, --height and --width belong together")
+    with Progress(console=_err, transient=True) as bar:
+        task = bar.add_task("measuring")
+        found = measure_latent_stats(
+            model,
+            videos,
+            size=(given[0], given[1], given[2]) if given else None,
+            fps=fps,
+            granularity=granularity,
+            num_clips=num,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found.save(out)
+    _out.print(f"wrote {out}: {found.count} clips, {found.space.describe()}, by {granularity}")
+
+
+@app.command()
 def evaluate(
     path: Model,
     num: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 1000,
