@@ -25,11 +25,13 @@ from diffdiv.metrics.judge import (
 from diffdiv.models.backbones import PromptEncoder
 from diffdiv.models.denoiser import Condition, GuidedDenoiser
 from diffdiv.resources import resource
-from diffdiv.runtime.student import OpenedRun, open_run
+from diffdiv.rewards.images import WeightedReward, open_image_rewards
+from diffdiv.runtime.student import OpenedRun, open_run, read_distillation
 from diffdiv.samplers import sample_ode, time_grid
 from diffdiv.sources import Sampler, Source
 
 REFERENCE_SIZE = 6000
+_HELD_OUT = 2 * 10**9  # far from every training index
 _SOLVERS = {"vp": "DDIM", "edm": "Heun", "flow": "Euler"}
 
 
@@ -151,7 +153,21 @@ def evaluate_path(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_run(path, device)
     source, shape = opened.source, opened.generator.noise_shape(opened.source.shape)
-    exam = _exam(opened, num, inception, clip)
+    exam, rewards = _exam(opened, num, inception, clip), _rewards(path, device)
+
+    @torch.no_grad()
+    def rewarded(sampler: Sampler) -> dict[str, float]:
+        """Mean of each reward of a Diff-Instruct* run, on prompts as in training."""
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, num if rewards else 0, 50):
+            indices = [_HELD_OUT + i for i in range(start, min(start + 50, num))]
+            z = normal(shape, seed=seed, purpose="rewarded", indices=indices)
+            x0 = sampler(z.to(device), source.conditions(indices).to(device))
+            pictures, prompts = source.decode(x0).to(device), source.captions(indices)
+            for weighted in rewards:
+                values = weighted.reward(pictures, prompts)
+                found.setdefault(f"{weighted.reward.name} reward", []).append(values)
+        return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
     @torch.no_grad()
     def images(sampler: Sampler) -> Tensor:
@@ -164,7 +180,11 @@ def evaluate_path(
         return torch.cat(parts)
 
     rows: list[Row] = [
-        {"name": name, "network_evaluations": calls, "metrics": exam.mark(images(sampler))}
+        {
+            "name": name,
+            "network_evaluations": calls,
+            "metrics": {**rewarded(sampler), **exam.mark(images(sampler))},
+        }
         for name, calls, sampler in _samplers(opened)
     ]
     card = metric_card(
@@ -198,6 +218,33 @@ def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
         (f"{opened.start}, {count}", calls_of_student, opened.untrained),
         (f"student, {count}", calls_of_student, student),
     ]
+
+
+@dataclass
+class _Reward:
+    path: Path
+    scale: float
+    colour: str
+
+
+@dataclass
+class _Rewards:
+    clip_score: _Reward | None
+    pickscore: _Reward | None
+    aesthetic: _Reward | None
+    judge: _Reward | None
+
+
+def _rewards(run: Path, device: torch.device) -> list[WeightedReward]:
+    """What a Diff-Instruct* run was rewarded for; of any other run nothing."""
+    settings = read_distillation(run).get("rewards")
+    if settings is None:
+        return []
+    found = {
+        name: own and _Reward(Path(own["path"]), float(own["scale"]), own.get("colour", ""))
+        for name, own in settings.items()
+    }
+    return open_image_rewards(_Rewards(**found), device)
 
 
 def _exam(opened: OpenedRun, num: int, inception: Path | None, clip: Path | None) -> Exam:

@@ -61,6 +61,14 @@ class Data(TypedDict):
     cache: str | None
 
 
+class Reward(TypedDict):
+    """What it says of one reward (Diff-Instruct*)."""
+
+    path: str
+    scale: float
+    colour: NotRequired[str]
+
+
 class Distillation(TypedDict):
     """The part of a run's config.yaml that is needed to use what it made."""
 
@@ -69,6 +77,7 @@ class Distillation(TypedDict):
     teacher: Teacher
     student: Student
     data: Data
+    rewards: NotRequired[dict[str, Reward | None]]
 
 
 def decoder_times(config: Distillation) -> tuple[list[int], int | None] | None:
