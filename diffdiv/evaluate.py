@@ -220,14 +220,14 @@ def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
     ]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Reward:
     path: Path
     scale: float
     colour: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rewards:
     clip_score: _Reward | None
     pickscore: _Reward | None

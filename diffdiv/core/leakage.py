@@ -47,7 +47,7 @@ def time_map(schedule: Schedule, kind: Literal["rank", "log_snr", "time"] = "ran
     if kind == "rank":
 
         def rank(t: Tensor) -> Tensor:
-            table, t = grid.to(t.device), t.double()
+            table, t = grid.to(t.device), t.double().contiguous()  # searchsorted warns else
             below = torch.searchsorted(table, t) + torch.searchsorted(table, t, right=True)
             return below.double() / (2 * _RANKS)  # ties share the middle
 

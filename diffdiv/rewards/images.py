@@ -252,23 +252,30 @@ class WeightedReward:
 class RewardSettings(Protocol):
     """What a configuration says of one reward."""
 
-    path: Path
-    scale: float
+    @property
+    def path(self) -> Path: ...
+    @property
+    def scale(self) -> float: ...
 
 
 class JudgeSettings(RewardSettings, Protocol):
     """The same of the embedded world's."""
 
-    colour: str
+    @property
+    def colour(self) -> str: ...
 
 
 class AllRewardSettings(Protocol):
     """Every reward there is; None = not used."""
 
-    clip_score: RewardSettings | None
-    pickscore: RewardSettings | None
-    aesthetic: RewardSettings | None
-    judge: JudgeSettings | None
+    @property
+    def clip_score(self) -> RewardSettings | None: ...
+    @property
+    def pickscore(self) -> RewardSettings | None: ...
+    @property
+    def aesthetic(self) -> RewardSettings | None: ...
+    @property
+    def judge(self) -> JudgeSettings | None: ...
 
 
 def open_image_rewards(settings: AllRewardSettings, device: torch.device) -> list[WeightedReward]:
