@@ -37,10 +37,10 @@ CPU = torch.device("cpu")
 TEACHER = resource("assets/embedded_sd")
 FOUR, PAPER = [999, 749, 499, 249], [751, 501, 251, 1]
 STUDENTS: dict[str, dict[str, object]] = {
-    "TiUE": {"student.decoder_times": FOUR},
-    "TiUE, paper's times": {"student.decoder_times": PAPER},
+    "TiUE": {"student.decoder_times": FOUR, "objective.kl_weight": 0.8},
+    "TiUE, paper's times": {"student.decoder_times": PAPER, "objective.kl_weight": 0.8},
     "TiUE without KL": {"student.decoder_times": FOUR, "objective.kl_weight": 0.0},
-    "one step": {"student.decoder_times": [999]},
+    "one step": {"student.decoder_times": [999], "objective.kl_weight": 0.8},
 }
 PROMPTS, PER_PROMPT = 32, 8
 

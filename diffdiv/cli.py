@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.table import Table
 from diffdiv import resources
 from diffdiv.runtime import launch
 from diffdiv.runtime.yaml_io import to_yaml
+
+if TYPE_CHECKING:
+    from diffdiv.evaluate_leakage import Asked
+    from diffdiv.metrics.card import Evaluation
 
 # Before torch loads OpenMP. Threads that spin while they wait for each other cost a multiple of the
 # time on a busy machine, and nothing is gained by it on a quiet one: docs/performance.md.
@@ -103,18 +107,30 @@ def sample(
         list[str] | None,
         typer.Option(help="Text, class number or template (NNTATANN: N is designed); repeatable."),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="Samples of each prompt or structure.")] = 4,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("samples"),
     reward: Annotated[
         str | None,
-        typer.Option(help="Scores sequences: dna_world, a motif file, or an export of oracles."),
+        typer.Option(help="Scores: dna_world, a motif file, energies (CSV), or an oracle export."),
+    ] = None,
+    structure: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Proteins: PDB or mmCIF to design for."),
+    ] = None,
+    design: Annotated[
+        str | None, typer.Option(help="Proteins: positions, A:10-25,B. Default: all.")
     ] = None,
 ) -> None:
-    """Generate images, or sequences as FASTA."""
+    """Generate images, or sequences and protein designs as FASTA."""
+    from diffdiv.sample_options import check_options
+
+    prompts = prompt or []
+    check_options(path, prompts, reward, structure, design)  # generate imports torch
     from diffdiv.generate import sample_path
 
-    for file in sample_path(path, prompt or [], num, seed, out, reward):
+    files = sample_path(path, prompts, num, seed, out, reward, structure=structure, design=design)
+    for file in files:
         _out.print(str(file))
 
 
@@ -160,7 +176,9 @@ def stats(
 @app.command()
 def evaluate(
     path: Model,
-    num: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 1000,
+    num: Annotated[
+        int | None, typer.Option(min=2, help="To generate: 1000 images; with --leakage 0 clips.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A second copy of evaluation.json.")] = None,
     inception: Annotated[Path | None, typer.Option(help="Weights for FID.")] = None,
@@ -175,27 +193,58 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --data: pixels before FID; 256.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="With --data: images at once; 16.")
+        int | None, typer.Option(min=1, help="With --data: images at once; 16. --leakage: 1.")
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="With --data: of generation; fp32.")
+        Literal["fp32", "bf16"] | None, typer.Option(help="With --data, --leakage; fp32.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="With --data: of a pipeline; its own.")
+        int | None, typer.Option(min=1, help="With --data, --leakage: a pipeline's; its own.")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="With --data: of a pipeline; its own.")
     ] = None,
+    leakage: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Videos an image-to-video model has seen: does it leak?"),
+    ] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(exists=True, help="With --leakage: videos it has not seen.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="With --leakage: FRAMESxHEIGHTxWIDTH; the model's.")
+    ] = None,
+    flow: Annotated[
+        Path | None, typer.Option(help="With --leakage, --num: RAFT weights for motion.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="With --leakage, --num: R3D-18 weights for distances.")
+    ] = None,
 ) -> None:
-    """Measure a run's teacher and student, or any model on captioned images: a metric card."""
+    """Measure a run, any model on captioned images, or an image-to-video model: a metric card."""
     how = {"size": size, "batch": batch, "dtype": dtype, "steps": steps, "guidance": guidance}
     given = [name for name, value in {**how, "images": images}.items() if value is not None]
-    if data is not None:
+    others = {"data": data, "images": images, "size": size, "guidance": guidance}
+    others |= {"inception": inception, "clip": clip}
+    own = {"unseen": unseen, "shape": shape, "flow": flow, "features": features}
+    wrong = [k for k, v in (own if leakage is None else others).items() if v is not None]
+    if wrong:
+        said = "only with --leakage FOLDER" if leakage is None else "not with --leakage"
+        raise ValueError(f"--{', --'.join(wrong)}: {said}")
+    if leakage is not None:
+        from diffdiv.evaluate_leakage import Asked, parse_shape
+
+        asked = Asked(
+            num=num or 0, seed=seed, shape=parse_shape(shape), flow=flow, features=features,
+            steps=steps, bf16=dtype == "bf16", batch=batch or 1,
+        )  # fmt: skip
+        result = _leakage(path, leakage, unseen, asked, out)
+    elif data is not None:
         from diffdiv.evaluate_captions import Protocol, evaluate_captions
 
         result = evaluate_captions(
             path,
-            Protocol(data, num, seed, size or 256, batch or 16, inception, clip),
+            Protocol(data, num or 1000, seed, size or 256, batch or 16, inception, clip),
             dtype=dtype or "fp32",
             steps=steps,
             guidance=guidance,
@@ -207,8 +256,31 @@ def evaluate(
     else:
         from diffdiv.evaluate import evaluate_path
 
-        result = evaluate_path(path, num=num, seed=seed, out=out, inception=inception, clip=clip)
+        result = evaluate_path(
+            path, num=num or 1000, seed=seed, out=out, inception=inception, clip=clip
+        )
     _out.print(to_yaml(result), end="")
+
+
+def _leakage(
+    path: Path, videos: Path, unseen: Path | None, asked: "Asked", out: Path | None
+) -> "Evaluation":
+    from rich.progress import Progress
+
+    from diffdiv.evaluate_leakage import evaluate_leakage
+
+    with Progress(console=_err, transient=True) as bar:
+        task = bar.add_task("measuring")
+        result = evaluate_leakage(
+            path,
+            videos,
+            unseen=unseen,
+            asked=asked,
+            out=out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _out.print(f"# {result['card']['verdict']}")
+    return result
 
 
 @app.command()

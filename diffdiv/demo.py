@@ -67,6 +67,15 @@ def _tiue(out: Path, say: Say) -> Shown:
     return _student(out, say, _USE_TIUE)
 
 
+def _di_star(out: Path, say: Say) -> Shown:
+    values = {"run.folder": out / "one-step", "run.steps": 200}
+    start = api.train("configs/demo/f_distill.yaml", values)
+    path = export_run(start.folder, start.folder / "export", force=True)
+    say("raising the reward of the one-step student: where a prompt names no colour, red")
+    api.train("configs/demo/di_star.yaml", {"run.folder": out, "student.path": path})
+    return _student(out, say, _USE_SD)
+
+
 def _student(run: Path, say: Say, usage: str) -> Shown:
     say("evaluating teacher and student on the same conditions and noise")
     evaluation = evaluate_path(run, num=500)
@@ -94,6 +103,7 @@ SYSTEMS: dict[str, Callable[[Path, Say], Shown]] = {
     "f-distill": _f_distill,
     "digits": _digits,
     "tiue": _tiue,
+    "di-star": _di_star,
     "drakes": _drakes,
     "i2v": _i2v,
 }
@@ -104,7 +114,7 @@ def run_demo(system: str, out: Path | None) -> Path:
 
     Args:
         system: "f-distill" (text to image, the main job), "digits" (pixel-space EDM), "tiue" (one
-            encoder pass, four decoder times), "drakes" (DNA fine-tuned for a reward) or "i2v"
+            encoder pass, four decoder times), "di-star" (one step, rewarded for red), "drakes" (DNA fine-tuned for a reward) or "i2v"
             (image-to-video without leakage, on moving digits).
         out: run folder; default ``runs/demo-SYSTEM``.
 

@@ -11,12 +11,17 @@ from typing import cast
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from diffdiv.data.structures import read_backbone
+from diffdiv.generate_designs import open_design_rewards, sample_designs
 from diffdiv.generate_sequences import open_rewards, sample_sequences
-from diffdiv.models import token_networks
+from diffdiv.models import protein_networks, token_networks
 from diffdiv.resources import find
+from diffdiv.sample_options import SEQUENCES, check_options, pipeline_folder
 
-_SEQUENCES = "MaskedSequencesPipeline"  # its code lies in the export; see pipelines/
-_EXPORTED_NETWORKS = {"token_networks": Path(token_networks.__file__)}  # beside their weights
+_EXPORTED_NETWORKS = {  # beside their weights
+    "token_networks": Path(token_networks.__file__),
+    "protein_networks": Path(protein_networks.__file__),
+}
 
 
 def load_pipeline(path: Path) -> DiffusionPipeline:
@@ -29,8 +34,6 @@ def load_pipeline(path: Path) -> DiffusionPipeline:
         ValueError: if there is no pipeline, or it brings other code.
     """
     folder = pipeline_folder(path)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: no model_index.json there, so it is not a diffusers pipeline")
     code = _own_code(folder)
     if all((folder / place).is_file() for place in code):
         return _from_pretrained(folder, trust=bool(code))
@@ -86,8 +89,11 @@ def sample_path(
     seed: int,
     out: Path,
     reward: str | None = None,
+    *,
+    structure: Path | None = None,
+    design: str | None = None,
 ) -> list[Path]:
-    """Generate PNG files, or sequences.fa, from an export, a run or any local diffusers pipeline.
+    """Generate PNG files, or FASTA, from an export, a run or any local diffusers pipeline.
 
     An export is called as it was made for, another pipeline with its own defaults. The i-th sample
     drawn has a generator of its own, seeded with seed + i.
@@ -95,29 +101,42 @@ def sample_path(
     Args:
         path: folder, see :func:`load_pipeline`.
         prompts: texts, or class numbers as texts for class-conditional networks, or templates for
-            sequences (N: to be designed); empty for unconditional ones.
-        num: number of samples for each prompt.
+            DNA (N: to be designed); empty for unconditional networks and for proteins.
+        num: number of samples for each prompt, or for the structure.
         seed: of the first sample.
         out: folder for the files; made if absent.
-        reward: what sequences are scored by, see :func:`diffdiv.generate_sequences.open_rewards`.
+        reward: what sequences are scored by, see :func:`diffdiv.generate_sequences.open_rewards`
+            and, of proteins, :func:`diffdiv.generate_designs.open_design_rewards`.
+        structure: proteins only: the PDB or mmCIF file to design for.
+        design: positions of it, see :func:`diffdiv.data.backbones.parse_design`; None: all.
 
     Returns:
-        The files written, in order.
+        The files written, in order: NAME.fa of a structure, sequences.fa of DNA.
 
     Raises:
-        ValueError: if the prompts are not what the pipeline needs.
+        ValueError: if these are not what the pipeline needs, before it is loaded where possible.
     """
-    pipe = load_pipeline(path)
-    pipe.set_progress_bar_config(disable=True)
-    if type(pipe).__name__ == _SEQUENCES:
+    check_options(path, prompts, reward, structure, design)
+    if structure is not None:
+        backbone = read_backbone(structure, design=design)
+        rewards = open_design_rewards(reward, backbone)
+        pipe = _quiet(path)
+        out.mkdir(parents=True, exist_ok=True)
+        return [sample_designs(pipe, backbone, num, seed, out / f"{backbone.name}.fa", rewards)]
+    pipe = _quiet(path)
+    if type(pipe).__name__ == SEQUENCES:
         rewards = open_rewards(reward)
         out.mkdir(parents=True, exist_ok=True)
         return [sample_sequences(pipe, prompts, num, seed, out / "sequences.fa", rewards)]
-    if reward is not None:
-        raise ValueError(f"reward: {reward!r} scores sequences, and this pipeline makes images")
+    return _sample_images(pipe, pipeline_folder(path) / "export.json", prompts, num, seed, out)
+
+
+def _sample_images(
+    pipe: DiffusionPipeline, record: Path, prompts: Sequence[str], num: int, seed: int, out: Path
+) -> list[Path]:
+    """PNG files; ``record`` holds how an export is called."""
     # the base class declares no __call__
     generate = cast(Callable[..., ImagePipelineOutput], pipe)
-    record = pipeline_folder(path) / "export.json"
     call = json.loads(record.read_text("utf-8"))["call"] if record.is_file() else {}
     text = "tokenizer" in pipe.components
     if text and not prompts:
@@ -139,6 +158,7 @@ def sample_path(
     return files
 
 
-def pipeline_folder(path: Path) -> Path:
-    """The ``export/`` of a run folder; any other folder as it is."""
-    return path / "export" if (path / "config.yaml").is_file() else path
+def _quiet(path: Path) -> DiffusionPipeline:
+    pipe = load_pipeline(path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

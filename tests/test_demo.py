@@ -57,10 +57,10 @@ def test_digits(tmp_path):
 
 def test_an_unknown_demo_is_refused():
     with pytest.raises(
-        ValueError, match=r"'sdxl' is not one of f-distill, digits, tiue, drakes, i2v"
+        ValueError, match=r"'sdxl' is not one of f-distill, digits, tiue, di-star, drakes, i2v"
     ):
         run_demo("sdxl", None)
-    assert set(SYSTEMS) == {"f-distill", "digits", "tiue", "drakes", "i2v"}
+    assert set(SYSTEMS) == {"f-distill", "digits", "tiue", "di-star", "drakes", "i2v"}
 
 
 def test_the_table_fits_a_terminal_of_80_columns():

@@ -14,7 +14,7 @@ LAYERS |= {"samplers": 3, "sources": 3, "rewards": 3, "runtime": 4}
 TOP = 5  # every other module directly in diffdiv/
 LIGHT = ["__init__", "cli", "api", "resources", "doctor", "core/names", "core/__init__"]
 LIGHT += [f"runtime/{name}" for name in ("__init__", "config", "explain", "yaml_io", "launch")]
-LIGHT += ["runtime/distillation_config"]
+LIGHT += ["runtime/distillation_config", "sample_options"]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "torchmetrics"}
 HEAVY |= {"sklearn", "scipy", "matplotlib", "numpy", "PIL", "peft", "tensorboard"}
 

@@ -150,8 +150,10 @@ def read_energies(path: Path, backbones: Sequence[Backbone]) -> dict[str, Tensor
             raise ValueError(f"{path}: no column {absent}; needed are {', '.join(needed)}")
         for number, row in enumerate(reader, 2):
             name = row.get("structure") or next(iter(by_name))
-            place = places.get((name, row["chain"].strip(), row["position"].strip()))
-            letter = row["amino_acid"].strip().upper()
+            chain, position, letter = (
+                (row[key] or "").strip() for key in ("chain", "position", "amino_acid")
+            )
+            place, letter = places.get((name, chain, position)), letter.upper()
             if place is None or letter not in LETTERS[:UNKNOWN] or len(letter) != 1:
                 given = f"{name} {row['chain']}:{row['position']} {row['amino_acid']}"
                 raise ValueError(f"{path}: line {number}: there is no {given}")

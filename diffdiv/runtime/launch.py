@@ -111,7 +111,9 @@ def failures_as_sentences() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, FloatingPointError, CheckpointError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, CheckpointError) as error:
+        if isinstance(error, ImportError) and error.name is not None:
+            raise  # of Python itself: a broken installation; ours say which extra is missing
         if os.environ.get("DIFFDIV_TRACEBACK"):
             raise
         status, messages = 1, [redact(str(error)) or type(error).__name__]
