@@ -114,8 +114,8 @@ def run_demo(system: str, out: Path | None) -> Path:
 
     Args:
         system: "f-distill" (text to image, the main job), "digits" (pixel-space EDM), "tiue" (one
-            encoder pass, four decoder times), "di-star" (one step, rewarded for red), "drakes" (DNA fine-tuned for a reward) or "i2v"
-            (image-to-video without leakage, on moving digits).
+            encoder pass, four decoder times), "di-star" (one step, rewarded for red), "drakes"
+            (DNA fine-tuned for a reward) or "i2v" (moving digits without leakage).
         out: run folder; default ``runs/demo-SYSTEM``.
 
     Returns:
