@@ -41,7 +41,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; sample i depe
 @app.command()
 def demo(
     system: Annotated[
-        str, typer.Argument(help="f-distill, digits, tiue, drakes, i2v.")
+        str, typer.Argument(help="f-distill, digits, tiue, di-star, drakes, i2v.")
     ] = "f-distill",
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
 ) -> None:

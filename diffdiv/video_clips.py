@@ -150,7 +150,7 @@ def measure_latent_stats(
     """
     device = device or torch.device("cpu")
     codec = VideoCodec.load(model, device)
-    num_frames, height, width = size or _default_size(model, codec)
+    num_frames, height, width = size or default_size(model, codec)
     space = codec.space(num_frames, height, width)
     folder = VideoFolder(videos, num_frames=num_frames, size=(height, width), fps=fps)
     total = len(folder) if num_clips is None else num_clips
@@ -166,7 +166,7 @@ def measure_latent_stats(
     return moments.stats(granularity)
 
 
-def _default_size(model: Path, codec: VideoCodec) -> tuple[int, int, int]:
+def default_size(model: Path, codec: VideoCodec) -> tuple[int, int, int]:
     """Frames, height and width of the clips a pipeline makes when it is not told."""
     sizes = {
         "AutoencoderKLTemporalDecoder": (14, 576, 1024),
