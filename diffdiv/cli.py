@@ -16,7 +16,7 @@ from diffdiv.runtime import launch
 from diffdiv.runtime.yaml_io import to_yaml
 
 if TYPE_CHECKING:
-    from diffdiv.evaluate_leakage import Asked
+    from diffdiv.leakage_protocol import Asked
     from diffdiv.metrics.card import Evaluation
 
 # Before torch loads OpenMP. Threads that spin while they wait for each other cost a multiple of the
@@ -232,7 +232,7 @@ def evaluate(
         said = "only with --leakage FOLDER" if leakage is None else "not with --leakage"
         raise ValueError(f"--{', --'.join(wrong)}: {said}")
     if leakage is not None:
-        from diffdiv.evaluate_leakage import Asked, parse_shape
+        from diffdiv.leakage_protocol import Asked, parse_shape
 
         asked = Asked(
             num=num or 0, seed=seed, shape=parse_shape(shape), flow=flow, features=features,

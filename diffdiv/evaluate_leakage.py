@@ -7,9 +7,7 @@ leakage_report.py. Here: which clips, which call, which card.
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -17,76 +15,14 @@ from torch import Tensor
 from diffdiv.data.cache import fingerprint
 from diffdiv.data.video import VideoFolder
 from diffdiv.leakage_clips import Clips, Manner, generate_clips, judge_clips, one_step
+from diffdiv.leakage_protocol import RATES, Asked, export_of
 from diffdiv.leakage_report import write_leakage_page
 from diffdiv.leakage_verdict import FRACTIONS, NOISY, curve_rows, times_at, verdict
 from diffdiv.metrics.card import Evaluation, Row, file_sha256, metric_card, write_evaluation
 from diffdiv.models.image_to_video import ImageToVideo, open_host
-from diffdiv.runtime.yaml_io import read_yaml
 from diffdiv.video_clips import default_size
 
-_RATES = {"StableVideoDiffusion": 7.0, "Wan": 16.0, "CogVideoX": 8.0}  # frames a second
 _SHOWN = 3  # real clips or images a set in the report
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is measured, and how.
-
-    Attributes:
-        num: clips to generate, a multiple of ``seeds_each``; 0 = none. All are in memory.
-        seeds_each: generated clips an image.
-        most: real clips taken of each folder, one a video.
-        seed: of the choice of videos and of all noise.
-        shape: frames, height and width; None = a run's, or what the pipeline makes by default.
-        fps: frames a second; None = a run's, or 7 for Stable Video Diffusion, 16 for Wan, 8 for CogVideoX.
-        motion_bucket: what Stable Video Diffusion is told, 0..255; of a run, its own.
-        flow: RAFT weights for the motion of generated clips.
-        features: R3D-18 weights for their Frechet distance.
-        steps: of generation; None = the pipeline's.
-        bf16: network in bfloat16.
-        batch: real clips at once.
-
-    Raises:
-        ValueError: if the numbers do not fit each other.
-        FileNotFoundError: if weights are not there.
-    """
-
-    num: int = 0
-    seeds_each: int = 4
-    most: int = 64
-    seed: int = 0
-    shape: tuple[int, int, int] | None = None
-    fps: float | None = None
-    motion_bucket: int = 127
-    flow: Path | None = None
-    features: Path | None = None
-    steps: int | None = None
-    bf16: bool = False
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        if self.most < 2 or self.seeds_each < 2:
-            raise ValueError("most and seeds_each must be 2 at least")
-        if self.num < 0 or self.num % self.seeds_each:
-            raise ValueError(
-                f"num: {self.num} generated clips are no multiple of the {self.seeds_each} seeds "
-                "of an image"
-            )
-        if self.num == 0 and (self.flow or self.features or self.steps):
-            raise ValueError("flow, features and steps are for generated clips: give num too")
-        for weights in (self.flow, self.features):
-            if weights is not None and not weights.is_file():
-                raise FileNotFoundError(f"{weights}: no such file")
-
-
-def parse_shape(text: str | None) -> tuple[int, int, int] | None:
-    """Frames, height and width of "14x576x1024"; ValueError for another text."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"shape: {text!r} is not FRAMESxHEIGHTxWIDTH, as 14x576x1024 is")
-    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def evaluate_leakage(
@@ -117,7 +53,7 @@ def evaluate_leakage(
         ValueError: in a sentence: another pipeline, no or too few or too short videos, the same
             video in both folders, a size the model cannot take, or clips none of which moves.
     """
-    path, asked = _export_of(model, asked or Asked())
+    path, asked = export_of(model, asked or Asked())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = _open(path, device, asked)
     shape = asked.shape or default_size(path, host.codec)
@@ -147,24 +83,6 @@ def evaluate_leakage(
     return evaluation
 
 
-class _Videos(TypedDict):
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-
-
-class _Model(TypedDict):
-    motion_bucket: int
-
-
-class _Run(TypedDict):
-    """The part of a run's config.yaml that says what it was trained on."""
-
-    videos: _Videos
-    model: _Model
-
-
 def _write(home: Path, found: Evaluation, shown: dict[str, Tensor], out: Path | None) -> None:
     """evaluation.json and report.html in ``home``, and copies at OUT and beside it."""
     home.mkdir(parents=True, exist_ok=True)
@@ -176,25 +94,10 @@ def _write(home: Path, found: Evaluation, shown: dict[str, Tensor], out: Path | 
         out.with_suffix(".html").write_bytes(page.read_bytes())
 
 
-def _export_of(model: Path, asked: Asked) -> tuple[Path, Asked]:
-    """The pipeline's folder; of a run its export, and its clips where nothing else is asked."""
-    if not (model / "config.yaml").is_file():
-        return model, asked
-    read = read_yaml(model / "config.yaml")
-    if read.get("recipe") != "timenoise":
-        raise ValueError(f"{model}: a run of {read.get('recipe')}, not of timenoise")
-    config = cast(_Run, read)
-    clips = config["videos"]
-    size = (clips["num_frames"], clips["height"], clips["width"])
-    bucket = config["model"]["motion_bucket"]
-    kept = replace(asked, shape=asked.shape or size, fps=asked.fps or clips["fps"])
-    return model / "export", replace(kept, motion_bucket=bucket)
-
-
 def _open(path: Path, device: torch.device, asked: Asked) -> ImageToVideo:
     dtype = torch.bfloat16 if asked.bf16 else torch.float32
     return open_host(
-        path, device, dtype=dtype, fps=asked.fps or _RATES["StableVideoDiffusion"],
+        path, device, dtype=dtype, fps=asked.fps or RATES["StableVideoDiffusion"],
         motion_bucket=asked.motion_bucket,
     )  # fmt: skip
 
@@ -210,7 +113,7 @@ def _sets(
     frames = host.codec.space(*shape).frames
     if frames < 2:
         raise ValueError(f"clips of {shape[0]} frames are a single latent frame: nothing can move")
-    fps, sets = asked.fps or _RATES[type(host).__name__], dict[str, Clips]()
+    fps, sets = asked.fps or RATES[type(host).__name__], dict[str, Clips]()
     for name, path in (("seen", videos), ("unseen", unseen)):
         if path is None:
             continue
@@ -236,7 +139,7 @@ def _call(path: Path, host: ImageToVideo, asked: Asked) -> dict[str, object]:
         call["num_inference_steps"] = asked.steps
     if not host.tells_level:
         return call
-    call["fps"] = round(asked.fps or _RATES["StableVideoDiffusion"])
+    call["fps"] = round(asked.fps or RATES["StableVideoDiffusion"])
     call["motion_bucket_id"] = asked.motion_bucket
     call["noise_aug_strength"] = 0.02  # the stock pipeline's; an export says what it wants
     export = path / "export.json"

@@ -20,7 +20,7 @@ from diffdiv.cli import main
 from diffdiv.core.noise import normal
 from diffdiv.core.schedule import edm, rectified_flow
 from diffdiv.data.video import VideoFolder
-from diffdiv.evaluate_leakage import Asked, evaluate_leakage
+from diffdiv.evaluate_leakage import evaluate_leakage
 from diffdiv.leakage_clips import (
     Clips,
     Manner,
@@ -30,6 +30,7 @@ from diffdiv.leakage_clips import (
     judge_clips,
     one_step,
 )
+from diffdiv.leakage_protocol import Asked
 from diffdiv.leakage_verdict import FRACTIONS, ratio, times_at, verdict
 from diffdiv.metrics.leakage import leakage_curve
 from diffdiv.models.image_to_video import ImageToVideo, open_host
