@@ -123,7 +123,7 @@ def load_protein_net(path: Path) -> ProteinTokenNet:
         raise ValueError(f"{path}: no ProteinTokenNet there (see train/inverse_folding.py)")
     net = ProteinTokenNet.from_pretrained(
         _export_of(path) / "denoiser",
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
     )

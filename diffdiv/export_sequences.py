@@ -131,7 +131,7 @@ def load_token_denoiser(path: Path) -> TokenDenoiser:
     if name not in NETWORKS:
         raise ValueError(f"{config}: {name} is not one of {', '.join(NETWORKS)}")
     net = NETWORKS[name].from_pretrained(
-        folder / "denoiser", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        folder / "denoiser", dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     return token_denoiser(net.eval().requires_grad_(False))
 

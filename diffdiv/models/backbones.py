@@ -71,7 +71,7 @@ def load_denoiser(path: Path, *, dtype: torch.dtype = torch.float32) -> Denoiser
         raise ValueError(f"{path / 'scheduler'}: {error}") from None
     try:
         net = family.model.from_pretrained(
-            path / folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            path / folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path / folder}: weights cannot be read ({error})") from None
@@ -170,7 +170,7 @@ class LatentCodec:
         if kind not in _VAES:
             raise ValueError(f"{path / 'vae'}: {kind} is not one of {', '.join(_VAES)}")
         vae = _VAES[kind].from_pretrained(
-            path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            path / "vae", dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
         nn.Module.to(vae, device)
         self.vae, config = vae.eval().requires_grad_(False), vae.config

@@ -121,6 +121,6 @@ def load_clip_net(folder: Path) -> tuple[ClipNet, Schedule]:
     """
     if not (folder / "denoiser").is_dir():
         raise FileNotFoundError(f"{folder}: no denoiser of clips here (made by diffdiv train)")
-    net = ClipNet.from_pretrained(folder / "denoiser", torch_dtype=torch.float32)
+    net = ClipNet.from_pretrained(folder / "denoiser", dtype=torch.float32)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     return net.eval().requires_grad_(False), from_diffusers(scheduler)

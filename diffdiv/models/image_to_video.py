@@ -164,7 +164,7 @@ def open_host(
     if kind not in known:
         raise ValueError(f"{path}: {kind} is not one of {', '.join(known)}")
     pipe = DiffusionPipeline.from_pretrained(
-        path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True,
+        path, dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True,
         local_files_only=True,
     )  # fmt: skip
     for part in pipe.components.values():

@@ -143,7 +143,7 @@ class PromptEncoder:
         options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
         self._pipe = DiffusionPipeline.from_pretrained(
             path,
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             **absent,
