@@ -1,6 +1,7 @@
 """What Analytic-Init, TimeNoise and the statistics cost, in process CPU seconds and memory.
 
     python benchmarks/i2v.py
+    python benchmarks/i2v.py --real    # memory and work of steps of the real one, on fake tensors
 
 Latents of Stable Video Diffusion's size (14 frames of 4x40x64: 320x512 pixels); its U-Net a
 tenth as wide or less, so that a CPU can run it. The real one does at least 100 times the work on
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +39,8 @@ from diffdiv.core.schedule import Noising, edm
 from diffdiv.models.denoiser import Condition, Denoiser
 from diffdiv.models.video_calls import call_svd, svd_schedule
 from diffdiv.objectives.denoising import denoising_loss
+from diffdiv.plan import GIB, Assumptions, plan_cycle
+from diffdiv.plan_timenoise import timenoise_spec
 
 SPACE = LatentSpace("AutoencoderKLTemporalDecoder", 4, 14, 40, 64, (0.18215,))
 CPU = torch.device("cpu")
@@ -140,10 +144,33 @@ def start_costs() -> tuple[float, float]:
         return plain, cpu_milliseconds(begin, 20)
 
 
+def real_steps() -> None:
+    """The shipped configuration and its neighbours at real size, by the plan; no weights."""
+    shipped = timenoise_spec("configs/timenoise/svd.yaml", [], "svd")
+    whole = replace(shipped, rank=None, base_dtype="fp32")
+    variants = {
+        "as shipped: LoRA 64, 14x320x512, live": shipped,
+        "latents cached": replace(shipped, live=False),
+        "checkpointing off": replace(shipped, checkpointing=False),
+        "14x576x1024": replace(shipped, height=576, width=1024),
+        "25x576x1024": replace(shipped, frames=25, height=576, width=1024),
+        "whole network in float32": whole,
+        "whole, no checkpointing, fsdp2 of 8": replace(whole, checkpointing=False, shards=8),
+    }
+    for name, spec in variants.items():
+        start, planned = time.process_time(), plan_cycle(spec)
+        needed, work = Assumptions().needed(planned.peak), sum(planned.flops.values())
+        figures = f"needs {needed / GIB:.1f} GiB, {work / 1e12:.0f} TFLOP"
+        row(
+            name, f"{planned.peak / GIB:.2f} GiB", f"{figures}; {time.process_time() - start:.0f} s"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="of training that are timed")
     parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument("--real", action="store_true", help="plan steps of the real network")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -152,6 +179,8 @@ def main() -> None:
         if what == "stats":
             return statistics_of(int(name))
         return training_steps(noises().get(name), options.steps)
+    if options.real:
+        return real_steps()
     steps = ["--steps", str(options.steps)]
     step, memory = child(*steps, "--child", "step", "none")
     noised, noised_memory = child(*steps, "--child", "step", "TimeNoise")
@@ -171,7 +200,7 @@ def main() -> None:
 
 
 def row(what: str, value: str, note: str) -> None:
-    print(f"{what:36}{value:>12}   {note}")
+    print(f"{what:38}{value:>12}   {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,27 @@ from pathlib import Path
 import torch
 
 import diffdiv
-from diffdiv.core.leakage import LowPass, TimeNoise, time_map
+from diffdiv.core.leakage import ConditionNoise, ConstantNoise, LowPass, TimeNoise, time_map
 from diffdiv.core.schedule import from_diffusers
 from diffdiv.data.moving_digits import MovingDigits, strip_world
 from diffdiv.metrics.leakage import ImageDenoiser
-from diffdiv.metrics.moving_digits import Trial, noised_through, shown_through
-from diffdiv.models.clip_net import clip_denoiser, clip_scheduler, load_clip_net
+from diffdiv.metrics.moving_digits import Trial, noised_through, shown_through, told_through
+from diffdiv.models.clip_net import (
+    Degrade,
+    clip_denoiser,
+    clip_scheduler,
+    load_clip_net,
+    show_clean,
+)
 
 TIMES = (999.0, 950.0, 900.0, 850.0, 800.0, 700.0, 600.0, 500.0)
 STARTS = (1.0, 0.94, 0.9, 0.8)
 INITS = {"N(0, I)": None, "channel": "channel", "shrunk": "shrunk"}
 BLUR = 0.5  # cells at t = 999; ALG's strength
-NOISE = {
+NOISE: dict[str, dict[str, object]] = {
     "naive": {"condition.kind": "clean"},
     "timenoise": {"condition.kind": "timenoise"},
+    "timenoise, a tenth clean": {"condition.kind": "timenoise", "condition.clean_probability": 0.1},
     "constant": {"condition.kind": "constant", "condition.beta_m": 0.75},  # mean level of timenoise
 }
 Line = dict[str, object]
@@ -48,23 +55,29 @@ def trial_of(seed: int, pairs: int | None) -> Trial:
     return Trial.of(data, from_diffusers(clip_scheduler()))
 
 
-def network(folder: Path) -> ImageDenoiser:
+def network(folder: Path, degrade: Degrade = show_clean) -> ImageDenoiser:
     net, schedule = load_clip_net(folder / "export")
-    return lambda image: clip_denoiser(net, schedule, image)
+    return lambda image: clip_denoiser(net, schedule, image, degrade)
 
 
-def low_passed(folder: Path) -> ImageDenoiser:
-    """The network shown a blurred image early in sampling: ALG's idea, no training."""
-    net, schedule = load_clip_net(folder / "export")
-    blur = LowPass(time_map(schedule), BLUR, axes=1, clean_probability=0.0)
-    return lambda image: clip_denoiser(net, schedule, image, shown_through(blur))
+def ways_of_showing(method: str) -> dict[str, Degrade]:
+    """What a network is shown when it samples, by the name of the row.
 
-
-def noised_too(folder: Path) -> ImageDenoiser:
-    """The network shown a noised image when it samples, as it was in training."""
-    net, schedule = load_clip_net(folder / "export")
-    noise = TimeNoise(time_map(schedule), 5.0, clean_probability=0.0)  # as configs/demo/i2v.yaml
-    return lambda image: clip_denoiser(net, schedule, image, noised_through(noise, seed=0))
+    A network trained on noised images is shown the clean image and told the median level of its
+    training; "told 0" is told that it is clean, "noised too" is shown it as in training.
+    """
+    tau = time_map(from_diffusers(clip_scheduler()))
+    if method == "naive":
+        blur = LowPass(tau, BLUR, axes=1, clean_probability=0.0)  # ALG's idea, no training
+        return {"naive": show_clean, "naive, low-pass": shown_through(blur)}
+    noise: ConditionNoise = TimeNoise(tau, 5.0, clean_probability=0.0)  # as configs/demo/i2v.yaml
+    if method == "constant":
+        noise = ConstantNoise(0.75, clean_probability=0.0)
+    return {
+        method: told_through(noise),
+        f"{method}; told 0": show_clean,
+        f"{method}; noised too": noised_through(noise, seed=0),
+    }
 
 
 def sampled(
@@ -102,12 +115,10 @@ def experiment(
     run = train(method, seed, pairs, folder, steps)
     yield {"kind": "cost", "model": method, "steps": steps, "cpu_s": time.process_time() - began}
     trial = trial_of(seed, pairs)
-    sweep = method != "constant" and pairs is not None
-    yield from measured(trial, method, network(run), seed, sweep=sweep)
-    if method == "naive" and pairs is not None:
-        yield from measured(trial, "naive, low-pass", low_passed(run), seed, sweep=False)
-    if method == "timenoise" and pairs is not None:
-        yield from sampled(trial, "timenoise, noised too", noised_too(run), seed, sweep=False)
+    for name, degrade in ways_of_showing(method).items():
+        sweep = name in ("naive", "timenoise") and pairs is not None
+        if name == method or pairs is not None:
+            yield from measured(trial, name, network(run, degrade), seed, sweep=sweep)
 
 
 def units(options: argparse.Namespace) -> Iterator[tuple[str, Line, Iterator[Line]]]:
@@ -117,7 +128,9 @@ def units(options: argparse.Namespace) -> Iterator[tuple[str, Line, Iterator[Lin
             label = {"seed": seed, "pairs": pairs}
             yield f"bayes/{pairs}/{seed}", label, oracle(seed, pairs)
             for method in NOISE if pairs else ("naive", "timenoise"):
-                folder = options.runs / f"{method}-{pairs}-{seed}"
+                folder = (
+                    options.runs / f"{method.replace(', ', '-').replace(' ', '-')}-{pairs}-{seed}"
+                )
                 lines = experiment(method, seed, pairs, folder, options.steps)
                 yield f"{method}/{pairs}/{seed}", label, lines
 
@@ -193,7 +206,7 @@ def figure(lines: list[Line], path: Path) -> None:
     right.set(title="Starting earlier", xlabel="motion score (cells per frame)",
               ylabel="Frechet distance", yscale="log")  # fmt: skip
     left.set_ylim(0, 0.58)
-    left.legend(fontsize=7, loc="upper left", ncols=2)
+    left.legend(fontsize=6, loc="upper left", ncols=2, columnspacing=1)
     right.set_ylim(0.01, 4)
     right.legend(fontsize=7, loc="lower right")
     for axes in (left, middle, right):

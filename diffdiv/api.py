@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     from diffdiv.rehearsal import PlanSpec
+    from diffdiv.rehearsal_video import VideoSpec
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,15 @@ def load(path: str | Path) -> "DiffusionPipeline":
 
 def plan_config(
     config: str | Path, overrides: Sequence[str], like: str | None, processes: int = 1
-) -> "PlanSpec":
-    """What one GPU of an f-distill run would have to hold; for `diffdiv plan`.
+) -> "PlanSpec | VideoSpec":
+    """What one GPU of an f-distill or TimeNoise run would have to hold; for `diffdiv plan`.
 
-    Neither weights nor data need be there: where ``teacher.path`` is no folder, the shapes are
-    those of ``like``.
+    Neither weights nor data need be there: where ``teacher.path`` (``model.path``) is no folder,
+    the shapes are those of ``like``.
 
     Args:
         config, overrides: as in :func:`train`, overrides as ``key=value``.
-        like: "sd15", "sd21" or "sdxl"; None = a folder at ``teacher.path`` is wanted.
+        like: "sd15", "sd21", "sdxl" or "svd"; None = a folder is wanted.
         processes: GPUs that share the batch.
 
     Raises:
@@ -112,8 +113,12 @@ def plan_config(
     from diffdiv.rehearsal import PlanSpec
 
     name, values = read_config(config)
+    if name == "timenoise":
+        from diffdiv.plan_timenoise import timenoise_spec
+
+        return timenoise_spec(config, overrides, like, processes)
     if name != "f_distill":
-        raise ConfigError([f"recipe: {name!r} cannot be planned, only f_distill"])
+        raise ConfigError([f"recipe: {name!r} cannot be planned, only f_distill and timenoise"])
     given = [item.partition("=")[2] for item in overrides if item.startswith("teacher.path=")]
     teacher = values.get("teacher")
     written = teacher.get("path") if isinstance(teacher, dict) else None

@@ -79,13 +79,13 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of f_distill, here or bundled.")],
+    config: Annotated[Path, typer.Argument(help="YAML file of f_distill or timenoise.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. run.batch_size=4")
     ] = None,
     gpu: Annotated[str, typer.Option(help="A card (4090, A100-80) or its memory (24GB).")] = "24GB",
     like: Annotated[
-        str | None, typer.Option(help="sd15, sd21 or sdxl, while teacher.path is not there.")
+        str | None, typer.Option(help="sd15, sd21, sdxl or svd, while the model is not there.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
     knobs: Annotated[bool, typer.Option(help="Also what each change would save (slow).")] = False,
@@ -202,7 +202,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --data, --leakage: a pipeline's; its own.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="With --data: of a pipeline; its own.")
+        float | None, typer.Option(min=0, help="With --data, --leakage: a pipeline's; its own.")
     ] = None,
     leakage: Annotated[
         Path | None,
@@ -220,13 +220,17 @@ def evaluate(
     features: Annotated[
         Path | None, typer.Option(help="With --leakage, --num: R3D-18 weights for distances.")
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="With --leakage, --num: what the model was distilled from."),
+    ] = None,
 ) -> None:
     """Measure a run, any model on captioned images, or an image-to-video model: a metric card."""
     how = {"size": size, "batch": batch, "dtype": dtype, "steps": steps, "guidance": guidance}
     given = [name for name, value in {**how, "images": images}.items() if value is not None]
-    others = {"data": data, "images": images, "size": size, "guidance": guidance}
+    others = {"data": data, "images": images, "size": size}
     others |= {"inception": inception, "clip": clip}
-    own = {"unseen": unseen, "shape": shape, "flow": flow, "features": features}
+    own = {"unseen": unseen, "shape": shape, "flow": flow, "features": features, "teacher": teacher}
     wrong = [k for k, v in (own if leakage is None else others).items() if v is not None]
     if wrong:
         said = "only with --leakage FOLDER" if leakage is None else "not with --leakage"
@@ -236,7 +240,7 @@ def evaluate(
 
         asked = Asked(
             num=num or 0, seed=seed, shape=parse_shape(shape), flow=flow, features=features,
-            steps=steps, bf16=dtype == "bf16", batch=batch or 1,
+            steps=steps, bf16=dtype == "bf16", batch=batch or 1, guidance=guidance, teacher=teacher,
         )  # fmt: skip
         result = _leakage(path, leakage, unseen, asked, out)
     elif data is not None:

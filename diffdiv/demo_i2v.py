@@ -20,7 +20,7 @@ from diffdiv.data.moving_digits import MovingDigits, strip_world
 from diffdiv.demo_i2v_report import write_page
 from diffdiv.metrics.card import Evaluation, Row, metric_card, write_evaluation
 from diffdiv.metrics.leakage import ImageDenoiser
-from diffdiv.metrics.moving_digits import Trial, noised_through, shown_through
+from diffdiv.metrics.moving_digits import Trial, noised_through, shown_through, told_through
 from diffdiv.models.clip_net import Degrade, clip_denoiser, load_clip_net, show_clean
 from diffdiv.resources import resource
 from diffdiv.runtime.yaml_io import read_yaml
@@ -28,7 +28,7 @@ from diffdiv.runtime.yaml_io import read_yaml
 TIMES = (999.0, 950.0, 900.0, 850.0, 800.0, 700.0, 600.0, 500.0)
 REAL, IDEAL, LEAKS, CURED = "real clips", "ideal denoiser", "naive: leaks", "TimeNoise: the cure"
 CONTROL, EARLY, BLURRED = "ideal, from 0.8 N(0,I)", "naive, from 0.9 A-Init", "naive, low-pass"
-NOISED = "cure, image noised too"
+NOISED, TOLD_NOTHING = "cure, image noised too", "cure, told level 0"
 #: what each figure says, for a table's head
 COLUMNS = {
     "frechet_distance": "distance to real clips ↓",
@@ -59,14 +59,16 @@ def cure_leakage(out: Path, say: Callable[[str], None]) -> Evaluation:
         say: told what happens next.
     """
     run = api.train("configs/demo/i2v.yaml", {"run.folder": out}).folder
-    say("sampling unseen images: ideal, leaking and cured models, and three remedies at inference")
+    say("sampling unseen images: ideal, leaking and cured models, and other ways to show the image")
     embedded = resource("assets/embedded_i2v")
     trial = trial_of(run)
-    models = {LEAKS: model_of(embedded), CURED: model_of(run / "export")}
-    schedule = trial.schedule
+    schedule, cure = trial.schedule, run / "export"
+    noise = noise_of(run, schedule)
+    models = {LEAKS: model_of(embedded), CURED: model_of(cure, told_through(noise))}
     blur = LowPass(time_map(schedule), _BLUR, axes=1, clean_probability=0.0)
     remedies = {
-        NOISED: model_of(run / "export", noised_through(noise_of(run, schedule), seed=0)),
+        NOISED: model_of(cure, noised_through(noise, seed=0)),
+        TOLD_NOTHING: model_of(cure),
         BLURRED: model_of(embedded, shown_through(blur)),
     }
     rows = sampled(trial, models, remedies)

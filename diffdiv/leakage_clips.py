@@ -12,23 +12,17 @@ Everything streams: a batch of real clips is in memory, whatever their number.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffdiv.core.noise import normal, permuted, uniform
 from diffdiv.core.tensor import flat_mean
 from diffdiv.data.video import VideoFolder
-from diffdiv.metrics.motion import compare_clips, flow_speeds, r3d_features, raft_flow
 from diffdiv.models.image_to_video import ImageToVideo
 from diffdiv.models.video import as_images
 from diffdiv.video_clips import captions_of, encode
-
-_STILL = 0.1  # of the mean motion of the real clips: what moves less counts as still
-_THUMBNAIL = (4, 8, 8)  # frames, rows and columns of grey that diversity is measured on
 
 
 @dataclass(frozen=True)
@@ -223,65 +217,3 @@ def _text(host: ImageToVideo, first: Tensor, caption: str) -> dict[str, Tensor]:
         return {}
     empty = host.embed(first, [""])["text"]
     return {"prompt_embeds": rows["text"], "negative_prompt_embeds": empty}
-
-
-def frame_difference(clips: Tensor) -> Tensor:
-    """Root mean square difference between neighbouring frames [B]; light changes count too."""
-    return flat_mean(clips.double().diff(dim=1).square()).sqrt()
-
-
-def thumbnails(clips: Tensor) -> Tensor:
-    """Grey miniatures of 4 frames of 8x8 of clips [B, F, 3, height, width]: [B, 256]."""
-    return functional.adaptive_avg_pool3d(clips.float().mean(2), _THUMBNAIL).flatten(1)
-
-
-def judge_clips(
-    made: Tensor,
-    real: Tensor,
-    seeds_each: int,
-    *,
-    flow: Path | None,
-    features: Path | None,
-    device: torch.device,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Figures of generated and of real clips.
-
-    Args:
-        made: clips [B * seeds_each, F, 3, height, width] in [-1, 1], those of one image together.
-        real: the clips whose first frames they were made from [B, F, 3, height, width].
-        seeds_each: clips an image, 2 at least.
-        flow: weights of RAFT; None = motion is the difference between frames, and called so.
-        features: weights of R3D-18; None = diversity is that of thumbnails, and there is no
-            Frechet distance.
-        device: of these networks.
-    """
-    optical = None if flow is None else raft_flow(flow, device=device)
-    see = thumbnails if features is None else r3d_features(features, device=device)
-    name = "frame_difference" if flow is None else "flow_pixels_per_frame"
-
-    def speed(clips: Tensor) -> Tensor:
-        return frame_difference(clips) if optical is None else flow_speeds(clips, optical).score
-
-    found = compare_clips(
-        made,
-        real.repeat_interleave(seeds_each, 0),
-        images=real[:, 0].repeat_interleave(seeds_each, 0),
-        groups=torch.arange(len(real)).repeat_interleave(seeds_each),
-        speed=speed,
-        features=see,
-        still_below=_STILL * float(speed(real).mean()),
-    )
-    own, truth, between = (dict(found[key]) for key in ("clips", "reference", "between"))
-    diversity = "diversity_r3d" if features is not None else "diversity_thumbnails"
-    figures = {
-        name: own["motion"],
-        "static_fraction": own["static_fraction"],
-        diversity: own["seed_diversity"],
-        "first_frame_error": own["first_frame_error"],
-        "motion_change": between["motion_change"],
-    }
-    if truth["motion"] > 0:
-        figures["motion_ratio"] = between["motion_ratio"]
-    if features is not None:
-        figures["frechet_distance_r3d"] = between["frechet_distance"]
-    return figures, {name: truth["motion"], "static_fraction": truth["static_fraction"]}

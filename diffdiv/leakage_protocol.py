@@ -6,7 +6,12 @@ from typing import TypedDict, cast
 
 from diffdiv.runtime.yaml_io import read_yaml
 
-RATES = {"StableVideoDiffusion": 7.0, "Wan": 16.0, "CogVideoX": 8.0}  # frames a second
+#: frames a second, by the pipeline's class name
+RATES = {
+    "StableVideoDiffusionPipeline": 7.0,
+    "WanImageToVideoPipeline": 16.0,
+    "CogVideoXImageToVideoPipeline": 8.0,
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Asked:
         flow: RAFT weights for the motion of generated clips.
         features: R3D-18 weights for their Frechet distance.
         steps: of generation; None = the pipeline's.
+        guidance: of generation; None = the pipeline's.
+        teacher: pipeline of the same kind that the model was distilled from, whose clips from the
+            same images and noise its own are compared with; sampled as it is by default.
         bf16: network in bfloat16.
         batch: real clips at once.
 
@@ -42,6 +50,8 @@ class Asked:
     flow: Path | None = None
     features: Path | None = None
     steps: int | None = None
+    guidance: float | None = None
+    teacher: Path | None = None
     bf16: bool = False
     batch: int = 1
 
@@ -53,8 +63,13 @@ class Asked:
                 f"num: {self.num} generated clips are no multiple of the {self.seeds_each} seeds "
                 "of an image"
             )
-        if self.num == 0 and (self.flow or self.features or self.steps):
-            raise ValueError("flow, features and steps are for generated clips: give num too")
+        made = self.flow, self.features, self.steps, self.guidance, self.teacher
+        if self.num == 0 and any(option is not None for option in made):
+            raise ValueError(
+                "flow, features, steps, guidance and teacher are for generated clips: give num too"
+            )
+        if self.teacher is not None and self.num < 2 * self.seeds_each:
+            raise ValueError(f"teacher: {self.num} clips are of one image; a comparison takes two")
         for weights in (self.flow, self.features):
             if weights is not None and not weights.is_file():
                 raise FileNotFoundError(f"{weights}: no such file")

@@ -49,7 +49,8 @@ def write_leakage_page(
         card={k: _words(v) for k, v in card.items() if k != "verdict" and v not in (None, "none")},
         panels=[(title, unit, _panel(curves, key)) for key, (title, unit) in _PANELS.items()],
         curves=curves,
-        generated=[row for row in rows if row["name"].startswith(("made", "real"))],
+        generated=[row for row in rows if row["name"].startswith(("made", "teacher", "real"))],
+        student=[row["metrics"] for row in rows if row["name"] == "student over teacher"],
         strips=[(name, [filmstrip(clip) for clip in clips]) for name, clips in shown.items()],
     )
     path.write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from diffdiv.metrics.card import Row
 
 FRACTIONS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 1.0)
 NOISY = 0.8  # from here on the verdict looks
-_FEW = 10  # clips a set; below, standard errors are themselves too rough for a verdict
+FEW = 10  # clips a set; below, standard errors are themselves too rough for a verdict
 _WORSE = 1.05  # times the copier's error on seen clips: a network that predicts worse says nothing
 _RELEVANT = 0.02  # a gap below this part of the seen error is none, whatever its standard error
 
@@ -86,8 +86,8 @@ def verdict(seen: OneStep, unseen: OneStep | None) -> tuple[dict[str, float], st
     figures |= {"unseen": other, "unseen_se": other_se, "gap": gap, "gap_se": gap_se}
     said += f" of a copier's on seen clips and {with_error(other, other_se)} on unseen ones"
     said += f", a gap of {with_error(gap, gap_se)}"
-    if min(len(seen.error), len(unseen.error)) < _FEW:
-        return figures, f"Too few clips for a verdict ({_FEW} of each at least): {said}."
+    if min(len(seen.error), len(unseen.error)) < FEW:
+        return figures, f"Too few clips for a verdict ({FEW} of each at least): {said}."
     if own > _WORSE:
         return figures, (
             f"No verdict: {said}; a network worse than a still picture even on seen clips is "

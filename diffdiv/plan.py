@@ -1,11 +1,11 @@
-"""What a distillation will need on one GPU, without a GPU and without weights.
+"""What a run will need on one GPU, without a GPU and without weights.
 
-One cycle of train/f_distill.py runs on fake tensors (shapes without data): see rehearsal.py. What
+One cycle of train/f_distill.py or one step of train/timenoise.py runs on fake tensors (shapes
+without data): see rehearsal.py and rehearsal_video.py. What
 no operator shows is a declared margin: CUDA context, workspaces of cuDNN and cuBLAS, NCCL buffers,
 fragmentation of the allocator. Time is FLOPs / (peak rate of the card x an assumed utilisation).
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,71 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffdiv.counters import Counters, cuda_autocast
+from diffdiv.gpus import GIB as GIB
+from diffdiv.gpus import Assumptions as Assumptions
+from diffdiv.gpus import Gpu as Gpu
+from diffdiv.gpus import parse_gpu as parse_gpu
 from diffdiv.rehearsal import PlanSpec, Rehearsal, build_networks
+from diffdiv.rehearsal_video import VideoRehearsal, VideoSpec, build_video_networks
+from diffdiv.runtime.network import Network
 
-GIB = 2**30
 #: one byte a value and a float32 scale every 256, instead of four bytes
 _EIGHT_BITS = (1 + 4 / 256) / 4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card: its name, memory in bytes, and dense bfloat16 matrix rate in FLOP/s if known."""
-
-    name: str
-    bytes: int
-    rate: float | None = None
-
-
-#: name -> GiB, vendor's peak of dense bfloat16 with float32 accumulation, TFLOP/s
-_CARDS: Mapping[str, tuple[int, float]] = {
-    "3090": (24, 71),
-    "4080": (16, 97.5),
-    "4090": (24, 165),
-    "5090": (32, 209.5),
-    "A10": (24, 125),
-    "L4": (24, 121),
-    "L40S": (48, 362),
-    "A100-40": (40, 312),
-    "A100-80": (80, 312),
-    "H100": (80, 989),
-    "H200": (141, 989),
-}
-
-
-def parse_gpu(text: str) -> Gpu:
-    """A card by name ("4090", "A100-80", "RTX 3090") or by memory ("24GB", "24 GiB": both 2^30).
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*Gi?B", text.strip(), re.IGNORECASE):
-        return Gpu(f"a {size[1]} GB card", int(float(size[1]) * GIB))
-    name = re.sub(r"nvidia|rtx|\s", "", text, flags=re.IGNORECASE).upper()
-    if name not in _CARDS:
-        known = ", ".join(_CARDS)
-        raise ValueError(f"gpu {text!r} is neither a memory size ('24GB') nor one of {known}")
-    gib, tflops = _CARDS[name]
-    return Gpu(name, gib * GIB, tflops * 1e12)
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What is assumed, not computed; measure it once on the card in question.
-
-    Attributes:
-        fixed_bytes: context and workspaces.
-        fragmentation: share of the peak that the allocator loses.
-        utilisation: share of the card's peak rate that is reached.
-    """
-
-    fixed_bytes: int = GIB
-    fragmentation: float = 0.08
-    utilisation: float = 0.4
-
-    def needed(self, peak: int) -> int:
-        """Bytes a card must have for this peak."""
-        return int(peak * (1 + self.fragmentation)) + self.fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +40,7 @@ class Plan:
         trained: network -> number of trained weights.
     """
 
-    spec: PlanSpec
+    spec: PlanSpec | VideoSpec
     peaks: Mapping[str, Mapping[str, int]]
     flops: Mapping[str, int]
     trained: Mapping[str, int]
@@ -113,12 +58,40 @@ class Plan:
         )
 
 
-def plan_cycle(spec: PlanSpec) -> Plan:
-    """Memory and FLOPs of one cycle on one GPU, after the first.
+def plan_cycle(spec: PlanSpec | VideoSpec) -> Plan:
+    """Memory and FLOPs of one cycle, or of one step of a fine-tuning, on one GPU after the first.
 
     Raises:
         ValueError: if the specification does not fit its architecture (size, name of a block).
     """
+    factors: dict[str, float] = {}
+    if isinstance(spec, VideoSpec):
+        networks, counters = _rehearse_step(spec)
+        per_cycle, is_full = dict[str, int](), spec.rank is None
+    else:
+        networks, counters = _rehearse_cycle(spec)
+        per_cycle = dict.fromkeys(("fake score", "discriminator"), spec.critic_updates)
+        is_full = not (spec.student_rank or spec.fake_rank)
+        if spec.base_dtype == "int8":
+            factors["frozen weights"] = _int8_share(build_networks(spec)["base"])
+    trained = {
+        name: sum(value.numel() for value in network.parameters.values())
+        for name, network in networks.items()
+    }
+    flops = {phase: count * per_cycle.get(phase, 1) for phase, count in counters.flops.items()}
+    if spec.optimizer_bits == 8:
+        factors["optimiser"] = _EIGHT_BITS
+    if spec.shards > 1 and is_full:
+        kinds = ("frozen weights", "trained weights", "gradients", "optimiser", "EMA")
+        factors |= {kind: factors.get(kind, 1) / spec.shards for kind in kinds}
+    peaks = {
+        phase: {kind: int(size * factors.get(kind, 1)) for kind, size in kinds.items()}
+        for phase, kinds in counters.peaks.items()
+    }
+    return Plan(spec, peaks, flops, trained)
+
+
+def _rehearse_cycle(spec: PlanSpec) -> tuple[Mapping[str, Network], Counters]:
     step = spec.architecture.pixels_per_latent
     if spec.size % step or min(spec.size, spec.batch) < 1:
         raise ValueError(
@@ -128,25 +101,17 @@ def plan_cycle(spec: PlanSpec) -> Plan:
     with FakeTensorMode(), cuda_autocast(), counters:
         rehearsal = Rehearsal(spec, nets, torch.device("cpu"), counters)
         rehearsal.cycle(critic_updates=1)
-    trained = {
-        name: sum(value.numel() for value in network.parameters.values())
-        for name, network in rehearsal.networks.items()
-    }
-    per_cycle = dict.fromkeys(("fake score", "discriminator"), spec.critic_updates)
-    flops = {phase: count * per_cycle.get(phase, 1) for phase, count in counters.flops.items()}
-    factors: dict[str, float] = {}
-    if spec.optimizer_bits == 8:
-        factors["optimiser"] = _EIGHT_BITS
-    if spec.base_dtype == "int8":
-        factors["frozen weights"] = _int8_share(nets["base"])
-    if spec.shards > 1 and not (spec.student_rank or spec.fake_rank):
-        kinds = ("frozen weights", "trained weights", "gradients", "optimiser", "EMA")
-        factors |= {kind: factors.get(kind, 1) / spec.shards for kind in kinds}
-    peaks = {
-        phase: {kind: int(size * factors.get(kind, 1)) for kind, size in kinds.items()}
-        for phase, kinds in counters.peaks.items()
-    }
-    return Plan(spec, peaks, flops, trained)
+    return rehearsal.networks, counters
+
+
+def _rehearse_step(spec: VideoSpec) -> tuple[Mapping[str, Network], Counters]:
+    if min(spec.batch, spec.frames) < 1:
+        raise ValueError(f"batch {spec.batch} or frames {spec.frames} below 1")
+    nets, counters = build_video_networks(spec), Counters()
+    with FakeTensorMode(), cuda_autocast(), counters:
+        rehearsal = VideoRehearsal(spec, nets, torch.device("cpu"), counters)
+        rehearsal.step()
+    return {"model": rehearsal.network}, counters
 
 
 def _int8_share(base: nn.Module) -> float:
@@ -171,26 +136,42 @@ def knobs(plan: Plan) -> Iterator[Knob]:
 
     The latter take as long as the plan itself, one by one.
     """
-    spec, flops = plan.spec, sum(plan.flops.values())
-
-    def scaled(name: str, **factors: float) -> Knob:
-        named = {kind.replace("_", " "): factor for kind, factor in factors.items()}
-        return Knob(name, plan.peak_with(named), flops)
-
+    spec = plan.spec
     if spec.optimizer_bits == 32:
-        yield scaled("8-bit optimiser moments", optimiser=_EIGHT_BITS)
+        yield _scaled(plan, "8-bit optimiser moments", optimiser=_EIGHT_BITS)
     if spec.num_ema:
-        yield scaled("no EMA", EMA=0)
-    if spec.base_dtype == "fp32":
-        yield scaled("bf16 base", frozen_weights=0.5)
-    if spec.student_rank and spec.fake_rank:
-        if spec.base_dtype == "bf16":
-            share = _int8_share(build_networks(spec)["base"])
-            yield scaled("int8 base (linear layers)", frozen_weights=share)
-        heads = plan.trained.get("disc", 0) / sum(plan.trained.values())
-        kinds = ("trained_weights", "gradients", "optimiser")
-        yield scaled("LoRA rank halved", EMA=0.5, **dict.fromkeys(kinds, (1 + heads) / 2))
-    changed: dict[str, PlanSpec] = {}
+        yield _scaled(plan, "no EMA", EMA=0)
+    if spec.base_dtype == "fp32" and not (isinstance(spec, VideoSpec) and spec.rank is None):
+        yield _scaled(plan, "bf16 base", frozen_weights=0.5)
+    if isinstance(spec, VideoSpec):
+        changed = _video_changes(spec)
+    else:
+        yield from _lora_knobs(plan, spec)
+        changed = _changes(spec)
+    for name, other in changed.items():
+        planned = plan_cycle(other)
+        yield Knob(name, planned.peak, sum(planned.flops.values()))
+
+
+def _scaled(plan: Plan, name: str, **factors: float) -> Knob:
+    named = {kind.replace("_", " "): factor for kind, factor in factors.items()}
+    return Knob(name, plan.peak_with(named), sum(plan.flops.values()))
+
+
+def _lora_knobs(plan: Plan, spec: PlanSpec) -> Iterator[Knob]:
+    if not (spec.student_rank and spec.fake_rank):
+        return
+    if spec.base_dtype == "bf16":
+        share = _int8_share(build_networks(spec)["base"])
+        yield _scaled(plan, "int8 base (linear layers)", frozen_weights=share)
+    heads = plan.trained.get("disc", 0) / sum(plan.trained.values())
+    kinds = ("trained_weights", "gradients", "optimiser")
+    halved = dict.fromkeys(kinds, (1 + heads) / 2)
+    yield _scaled(plan, "LoRA rank halved", EMA=0.5, **halved)
+
+
+def _changes(spec: PlanSpec) -> dict[str, PlanSpec | VideoSpec]:
+    changed: dict[str, PlanSpec | VideoSpec] = {}
     if spec.text_on_gpu or spec.vae_images is not None:
         changed["text and VAE off the GPU"] = replace(spec, text_on_gpu=False, vae_images=None)
     if spec.batch > 1:
@@ -199,9 +180,22 @@ def knobs(plan: Plan) -> Iterator[Knob]:
         changed["LoRA of rank 64, base shared"] = replace(spec, student_rank=64, fake_rank=64)
     off_on = "off" if spec.checkpointing else "on"
     changed[f"checkpointing {off_on}"] = replace(spec, checkpointing=not spec.checkpointing)
-    for name, other in changed.items():
-        planned = plan_cycle(other)
-        yield Knob(name, planned.peak, sum(planned.flops.values()))
+    return changed
+
+
+def _video_changes(spec: VideoSpec) -> dict[str, PlanSpec | VideoSpec]:
+    changed: dict[str, PlanSpec | VideoSpec] = {}
+    if spec.live:
+        changed["latents cached (videos.cache)"] = replace(spec, live=False)
+    if spec.batch > 1:
+        changed["batch halved"] = replace(spec, batch=spec.batch // 2)
+    if spec.frames > 1:
+        changed["frames halved"] = replace(spec, frames=spec.frames // 2)
+    if spec.rank is None:
+        changed["LoRA of rank 64"] = replace(spec, rank=64)
+    off_on = "off" if spec.checkpointing else "on"
+    changed[f"checkpointing {off_on}"] = replace(spec, checkpointing=not spec.checkpointing)
+    return changed
 
 
 def render(
@@ -233,7 +227,9 @@ def render(
 
 
 def _basis(plan: Plan, gpu: Gpu, assume: Assumptions) -> str:
-    sentence = f"{plan.spec.critic_updates} critic updates a cycle"
+    sentence = "one step; a step of the optimiser may take several of them (run.accumulation)"
+    if isinstance(plan.spec, PlanSpec):
+        sentence = f"{plan.spec.critic_updates} critic updates a cycle"
     if gpu.rate is not None:
         rate = f"{gpu.rate / 1e12:g} TFLOP/s (vendor) x {assume.utilisation:.0%} (assumed)"
         sentence += f"; time at {rate}"
@@ -270,5 +266,8 @@ def _work_table(plan: Plan, gpu: Gpu, assume: Assumptions) -> Table:
         rate = gpu.rate * assume.utilisation
         seconds = f"{total / rate:.2f}"
         rows = [(p, f"{n / 1e12:.2f}", f"{n / rate:.2f}") for p, n in plan.flops.items()]
-    rows.append((f"cycle of {batch} images", f"{total / 1e12:.2f}", seconds))
-    return _table("Work of a cycle", ("phase", "TFLOP", "s"), rows)
+    unit = f"cycle of {batch} images"
+    if isinstance(plan.spec, VideoSpec):
+        unit = f"step on {batch} clip" + "s" * (batch > 1)
+    rows.append((unit, f"{total / 1e12:.2f}", seconds))
+    return _table("Work", ("phase", "TFLOP", "s"), rows)

@@ -110,7 +110,7 @@ def build_networks(spec: PlanSpec) -> dict[str, nn.Module]:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter of ``module`` new storage on ``device``, with small random values.
+    """Give parameters (small random values) and buffers (zeros) new storage on ``device``.
 
     In place of ``module.to_empty``, which cannot swap parameters under a FakeTensorMode.
     """
@@ -118,6 +118,43 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         for name, value in list(part.named_parameters(recurse=False)):
             fresh = torch.empty(value.shape, dtype=value.dtype, device=device).normal_(std=0.02)
             setattr(part, name, nn.Parameter(fresh, requires_grad=value.requires_grad))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+
+
+def trained_network(name: str, net: nn.Module, counters: Counters, num_ema: int) -> Network:
+    """A network with its optimiser and so many averages, after a step with zero gradients.
+
+    So the first cycle finds the optimiser's states as later ones do.
+    """
+    for parameter in net.parameters():
+        counters.tag(parameter, "trained weights")
+        parameter.register_post_accumulate_grad_hook(lambda p: counters.tag(p.grad, "gradients"))
+    with counters.kind("EMA"):
+        network = Network(
+            name,
+            net.requires_grad_(True),
+            trained=net,
+            lr=1e-5,
+            config=OptimizerConfig.model_validate({"clip": 1.0}),
+            ema_half_lives=range(1000, 1000 + num_ema),
+            scaler=None,
+        )
+    with counters.kind("optimiser"):
+        for parameter in network.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        network.optimizer.step()
+        network.optimizer.zero_grad()
+    return network
+
+
+def update(network: Network, loss: Tensor, images: int) -> None:
+    """Backward and one step, as the runtime makes it in one process."""
+    network.backward(loss, share=1)
+    norm = network.gradient_norm()
+    network.not_finite(norm, rank=0, world_size=1)
+    network.step(norm, lr=1e-5, images=images)
+    network.updates += 1
 
 
 class Rehearsal:
@@ -157,43 +194,18 @@ class Rehearsal:
                 disc = heads_for(base, self.shape, self._cond(1), spec.gan_blocks, seed=0)
             disc.register_forward_pre_hook(self._tag_features)
             trained["disc"] = disc
-        self.networks = {name: self._network(name, net) for name, net in trained.items()}
+        self.networks = {
+            name: trained_network(name, net, counters, spec.num_ema if name == "student" else 0)
+            for name, net in trained.items()
+        }
         teacher = guided(base, spec.guidance_scale, self._cond(1))
         self.fake = base.with_net(trained["fake"])
         self.critic = Critic(teacher, self.fake, disc, spec.gan_blocks or (), spec.gan_trunk)
         self.generator = Generator(base.with_net(trained["student"]), 999, "unit")
-        self._prime()
 
     def _tag_features(self, _heads: nn.Module, args: tuple[Sequence[Tensor]]) -> None:
         for feature in args[0]:
             self.counters.tag(feature, "features")
-
-    def _network(self, name: str, net: nn.Module) -> Network:
-        for parameter in net.parameters():
-            self.counters.tag(parameter, "trained weights")
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: self.counters.tag(p.grad, "gradients")
-            )
-        half_lives = range(1000, 1000 + self.spec.num_ema) if name == "student" else ()
-        with self.counters.kind("EMA"):
-            return Network(
-                name,
-                net.requires_grad_(True),
-                trained=net,
-                lr=1e-5,
-                config=OptimizerConfig.model_validate({"clip": 1.0}),
-                ema_half_lives=half_lives,
-                scaler=None,
-            )
-
-    def _prime(self) -> None:
-        """A step with zero gradients, so that the first cycle finds states as later ones do."""
-        with self.counters.kind("optimiser"):
-            for network in self.networks.values():
-                for parameter in network.parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
-                network.optimizer.step()
-                network.optimizer.zero_grad()
 
     def autocast(self) -> torch.autocast:
         """In the precision of the specification."""
@@ -233,14 +245,6 @@ class Rehearsal:
         for network in self.networks.values():
             network.module.zero_grad(set_to_none=True)
 
-    def _update(self, name: str, loss: Tensor) -> None:
-        network = self.networks[name]
-        network.backward(loss, share=1)
-        norm = network.gradient_norm()
-        network.not_finite(norm, rank=0, world_size=1)
-        network.step(norm, lr=1e-5, images=self.spec.batch)
-        network.updates += 1
-
     def cycle(self, *, critic_updates: int) -> None:
         """Critic updates and one student update, as in train/f_distill.py; then a preview."""
         phase = self.counters.phase
@@ -260,7 +264,7 @@ class Rehearsal:
                     ratio=self.ratio,
                     gan_weight=gan_weight,
                 )
-            self._update("student", loss)
+            update(self.networks["student"], loss, self.spec.batch)
             self.ratio.commit()
         if self.vae is not None:
             with phase("preview"), torch.no_grad():
@@ -274,7 +278,7 @@ class Rehearsal:
             with self.counters.phase("fake score"):
                 with self.autocast():
                     loss, _ = fake_score_loss(self.fake, x0, cond, at)
-                self._update("fake", loss)
+                update(self.networks["fake"], loss, self.spec.batch)
             if heads:
                 with self.counters.phase("discriminator"):
                     real = Real(self._normal(), cond, self._noising())
@@ -282,5 +286,5 @@ class Rehearsal:
                         loss, _ = density_ratio_loss(
                             x0, cond, at, real, critic=self.critic, ratio=self.ratio
                         )
-                    self._update("disc", loss)
+                    update(self.networks["disc"], loss, self.spec.batch)
         self.ratio.commit()

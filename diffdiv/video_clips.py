@@ -19,7 +19,7 @@ from diffdiv.core.noise import normal, permuted
 from diffdiv.data.cache import Cache, Key, build_cache, fingerprint
 from diffdiv.data.video import VideoFolder
 from diffdiv.models.image_to_video import ImageToVideo
-from diffdiv.models.video import VideoCodec
+from diffdiv.models.video import VideoCodec, codec_kind
 
 Rows = Mapping[str, Tensor]
 
@@ -150,7 +150,7 @@ def measure_latent_stats(
     """
     device = device or torch.device("cpu")
     codec = VideoCodec.load(model, device)
-    num_frames, height, width = size or default_size(model, codec)
+    num_frames, height, width = size or default_size(model)
     space = codec.space(num_frames, height, width)
     folder = VideoFolder(videos, num_frames=num_frames, size=(height, width), fps=fps)
     total = len(folder) if num_clips is None else num_clips
@@ -166,16 +166,22 @@ def measure_latent_stats(
     return moments.stats(granularity)
 
 
-def default_size(model: Path, codec: VideoCodec) -> tuple[int, int, int]:
-    """Frames, height and width of the clips a pipeline makes when it is not told."""
+def default_size(model: Path) -> tuple[int, int, int]:
+    """Frames, height and width of the clips a pipeline makes when it is not told.
+
+    Raises:
+        ValueError: if it has no autoencoder of videos that we know.
+    """
     sizes = {
         "AutoencoderKLTemporalDecoder": (14, 576, 1024),
         "AutoencoderKLWan": (81, 480, 832),
         "AutoencoderKLCogVideoX": (49, 480, 720),
         "AutoencoderKLHunyuanVideo": (129, 720, 1280),
+        "AutoencoderKLHunyuanVideo15": (121, 480, 832),
+        "AutoencoderKLLTXVideo": (161, 512, 704),
         "AutoencoderKL": (16, 704, 1280),
     }
-    num_frames, height, width = sizes[type(codec.vae).__name__]
+    num_frames, height, width = sizes[codec_kind(model)]
     net = model / "unet/config.json"
     if net.is_file():  # Stable Video Diffusion was trained for 14 frames, or 25
         config = json.loads(net.read_text("utf-8"))

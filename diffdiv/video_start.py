@@ -2,13 +2,13 @@
 
     pipe(image, **prepare_start(pipe, "stats.safetensors", start=0.94))
 
-    host                          how it starts at M                    fraction M means
-    StableVideoDiffusion          ``sigmas=`` of its call               ln sigma, as it is told time
-    HunyuanVideo I2V              ``sigmas=``, shift undone             sigma = M
-    Wan, SkyReels-V2              scheduler that leaves steps out       sigma = M
-    CogVideoX, I2VGen-XL          scheduler that leaves steps out       index M * 1000
+    host                            how it starts at M                fraction M means
+    StableVideoDiffusion            ``sigmas=`` of its call           ln sigma, as it is told time
+    HunyuanVideo, 1.5, SkyReels-V1  ``sigmas=``, shift undone         sigma = M
+    Wan 2.1, 2.2, SkyReels-V2, LTX  scheduler that leaves steps out   sigma = M
+    CogVideoX, I2VGen-XL            scheduler that leaves steps out   index M * 1000
 
-LTX takes packed latents that hold the clean first frame: it cannot be started from outside.
+LTX takes tokens that hold the clean first frame, so with statistics the image is needed here too.
 """
 
 import json
@@ -26,11 +26,13 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from PIL import Image
 from torch import Tensor
 
 from diffdiv import start_schedulers
 from diffdiv.core.latent_stats import LatentStats, StartLaw, Variance, analytic_init
 from diffdiv.core.schedule import Schedule, edm, rectified_flow
+from diffdiv.ltx_start import ltx_times, ltx_tokens
 from diffdiv.models.video import VideoCodec, vp_from_table
 from diffdiv.start_schedulers import START_SCHEDULERS, StartScheduler
 
@@ -118,20 +120,27 @@ class _Host:
     """What a pipeline wants.
 
     ``sigmas``: how its call is told M, None = by its scheduler; ``num_steps``: its default;
-    ``kept``: share of given latents that it keeps, the rest is the image's.
+    ``kept``: share of given latents that it keeps, the rest is the image's; ``told_size``: its call
+    takes height and width, else they follow from the image; ``packed``: latents are tokens.
     """
 
     num_steps: int
     frames_first: bool = False
     sigmas: Steps | None = None
     kept: float = 1.0
+    told_size: bool = True
+    packed: bool = False
 
 
 HOSTS: Mapping[str, _Host] = {
     "StableVideoDiffusionPipeline": _Host(25, frames_first=True, sigmas=_euler_sigmas),
     "HunyuanVideoImageToVideoPipeline": _Host(50, sigmas=_flow_sigmas, kept=0.999),
+    "HunyuanVideo15ImageToVideoPipeline": _Host(50, sigmas=_flow_sigmas, told_size=False),
+    "HunyuanSkyreelsImageToVideoPipeline": _Host(50, sigmas=_flow_sigmas),
     "WanImageToVideoPipeline": _Host(50),
     "SkyReelsV2ImageToVideoPipeline": _Host(50),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _Host(50),
+    "LTXImageToVideoPipeline": _Host(50, packed=True),
     "CogVideoXImageToVideoPipeline": _Host(50, frames_first=True),
     "I2VGenXLPipeline": _Host(50),
 }
@@ -149,6 +158,7 @@ def prepare_start(
     generator: torch.Generator | None = None,
     variance: Variance = "channel",
     condition: Tensor | None = None,
+    image: Image.Image | None = None,
 ) -> dict[str, object]:
     """Arguments that make a pipeline's call start at M from the Gaussian closest to q(x_M).
 
@@ -166,27 +176,20 @@ def prepare_start(
         num_videos: images in the call.
         generator: of the initial noise; None: torch's own.
         variance, condition: as for :func:`analytic_init`.
+        image: the first frame, which only LTX needs here.
 
     Raises:
-        ValueError: in a sentence, if the pipeline cannot start at M, or the statistics are of
-            other latents.
+        ValueError: in a sentence, if the pipeline cannot start at M, the statistics are of other
+            latents, or LTX's image is missing.
     """
-    host = next((HOSTS[c.__name__] for c in type(pipe).__mro__ if c.__name__ in HOSTS), None)
-    if host is None:
-        raise ValueError(f"{type(pipe).__name__} cannot start at M; {', '.join(HOSTS)} can")
-    scheduler = cast(ConfigMixin, pipe.components["scheduler"])
+    host = _host(pipe)
     if sigma is not None:
-        start = _fraction(scheduler, sigma)
+        start = _fraction(cast(ConfigMixin, pipe.components["scheduler"]), sigma)
     _require_fraction(start)
+    if host.packed and stats is not None and image is None:
+        raise ValueError("LTX's initial latents hold the clean first frame: give image= too")
     steps = host.num_steps if num_inference_steps is None else num_inference_steps
-    call: dict[str, object] = {}
-    if host.sigmas is None:
-        begun = start_scheduler(scheduler, start)
-        begun.set_timesteps(steps)
-        pipe.register_modules(scheduler=begun)
-        call["num_inference_steps"] = steps
-    else:
-        begun, call["sigmas"] = host.sigmas(scheduler, start, steps)
+    begun, call = _begin(pipe, host, start, steps)
     if stats is None:
         return call
     found = stats if isinstance(stats, LatentStats) else LatentStats.load(Path(stats))
@@ -195,14 +198,43 @@ def prepare_start(
     num_frames, height, width = size or codec.pixels(space.frames, space.height, space.width)
     space = codec.space(num_frames, height, width)
     found.require(space)
+    call["num_frames"] = num_frames
+    if host.told_size:
+        call |= {"height": height, "width": width}
+    if host.packed:
+        ltx_times(begun, steps, space)
     law = analytic_init(found, *start_level(begun), variance=variance, condition=condition)
     latents = _draw(law, (num_videos, *space.shape), _padding(pipe, space.frames), generator)
     if not host.frames_first:
         latents = latents.transpose(1, 2)
     # what the pipeline will do to given latents, undone beforehand
     gain = host.kept * float(cast(float, begun.init_noise_sigma) if host.frames_first else 1.0)
-    call["latents"] = (latents / gain).contiguous()
-    return call | {"num_frames": num_frames, "height": height, "width": width}
+    latents = latents / gain
+    if host.packed and image is not None:
+        latents = ltx_tokens(pipe, latents, image, (height, width))
+    return call | {"latents": latents.contiguous()}
+
+
+def _host(pipe: DiffusionPipeline) -> _Host:
+    found = next((HOSTS[c.__name__] for c in type(pipe).__mro__ if c.__name__ in HOSTS), None)
+    if found is None:
+        raise ValueError(f"{type(pipe).__name__} cannot start at M; {', '.join(HOSTS)} can")
+    return found
+
+
+def _begin(
+    pipe: DiffusionPipeline, host: _Host, start: float, steps: int
+) -> tuple[Scheduler, dict[str, object]]:
+    """A scheduler at M, set in the pipeline where its call cannot be told, and what it is told."""
+    scheduler = cast(ConfigMixin, pipe.components["scheduler"])
+    if host.sigmas is not None:
+        begun, sigmas = host.sigmas(scheduler, start, steps)
+        return begun, {"sigmas": sigmas}
+    begun = start_scheduler(scheduler, start)
+    if not host.packed:  # LTX's times depend on the size too
+        begun.set_timesteps(steps)
+    pipe.register_modules(scheduler=begun)
+    return begun, {"num_inference_steps": steps}
 
 
 def _draw(

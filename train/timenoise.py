@@ -190,6 +190,7 @@ def main(config: RecipeConfig) -> None:
     weights = run.ema_weights("model", half_life)
     if run.is_main:
         told = config.noise.model_dump() | {"seed": seed, "steps": config.run.steps}
+        told |= {"p_mean": choice.p_mean, "p_std": choice.p_std} if host.tells_level else {}
         export_video(choice.path, weights, run.folder / "export", lora=choice.lora, facts=told)
 
 

@@ -158,6 +158,21 @@ def shown_through(noise: ConditionNoise) -> Degrade:
     return degrade
 
 
+def told_through(noise: ConditionNoise) -> Degrade:
+    """The clean image, but told the median level of training at t: how far to trust it.
+
+    A network that has seen images of this level alone at t has not learned to read the motion off
+    them; told 0 there, it is asked what it was never asked in training.
+    """
+
+    def degrade(image: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros_like(image)
+        draw = ConditionDraw(torch.zeros_like(t), torch.ones_like(t), zeros)
+        return image, noise(zeros, t.contiguous(), draw)[1]
+
+    return degrade
+
+
 def noised_through(noise: ConditionNoise, *, seed: int) -> Degrade:
     """The median noise of training at inference too, fresh at every t, its level told."""
 

@@ -76,6 +76,10 @@ class ImageToVideo(Protocol):
         ...
 
 
+#: ends of names of Stable Video Diffusion's layers that adapters change
+SVD_LORA_TARGETS: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
+
+
 class StableVideoDiffusion:
     """Stable Video Diffusion: a U-Net told frame rate, motion and level of its image.
 
@@ -98,7 +102,7 @@ class StableVideoDiffusion:
     ) -> None:
         self.pipe, self.net, self.schedule = pipe, cast(nn.Module, pipe.unet), schedule
         self.codec, self._told = VideoCodec(pipe.vae), (fps - 1, float(motion_bucket))
-        self.lora_targets: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
+        self.lora_targets = SVD_LORA_TARGETS
 
     @torch.no_grad()
     def image(self, frames: Tensor, num_frames: int) -> Tensor:
@@ -124,6 +128,27 @@ class StableVideoDiffusion:
         rate, motion = (torch.full_like(level, value) for value in self._told)
         cond = Condition(text=rows["tokens"], time_ids=torch.stack([rate, motion, level], 1))
         return Denoiser(net, partial(call_svd, y=y), self.schedule, "x0", 1.0), cond
+
+
+#: what can be trained here: the pipelines' class names
+PIPELINES = (
+    "StableVideoDiffusionPipeline", "WanImageToVideoPipeline", "CogVideoXImageToVideoPipeline",
+)  # fmt: skip
+
+
+def host_kind(path: Path) -> str:
+    """The class name of a pipeline folder, one of PIPELINES; reads one small file.
+
+    Raises:
+        ValueError: if it is no folder of such a pipeline.
+    """
+    file = path / "model_index.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no model_index.json there, so it is not a diffusers pipeline")
+    kind = str(json.loads(file.read_text("utf-8"))["_class_name"])
+    if kind not in PIPELINES:
+        raise ValueError(f"{path}: {kind} is not one of {', '.join(PIPELINES)}")
+    return kind
 
 
 def open_host(
@@ -157,12 +182,7 @@ def open_host(
             cast(CogVideoXImageToVideoPipeline, pipe)
         ),
     }  # fmt: skip
-    file = path / "model_index.json"
-    if not file.is_file():
-        raise ValueError(f"{path}: no model_index.json there, so it is not a diffusers pipeline")
-    kind = json.loads(file.read_text("utf-8"))["_class_name"]
-    if kind not in known:
-        raise ValueError(f"{path}: {kind} is not one of {', '.join(known)}")
+    kind = host_kind(path)
     pipe = DiffusionPipeline.from_pretrained(
         path, dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True,
         local_files_only=True,

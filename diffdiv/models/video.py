@@ -14,6 +14,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
+from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
     AutoencoderKLTemporalDecoder,
 )
@@ -30,9 +32,22 @@ _VAES: Mapping[str, type[ModelMixin]] = {
     "AutoencoderKL": AutoencoderKL,  # I2VGen-XL: frame by frame too
     "AutoencoderKLCogVideoX": AutoencoderKLCogVideoX,
     "AutoencoderKLHunyuanVideo": AutoencoderKLHunyuanVideo,
+    "AutoencoderKLHunyuanVideo15": AutoencoderKLHunyuanVideo15,
+    "AutoencoderKLLTXVideo": AutoencoderKLLTXVideo,
     "AutoencoderKLWan": AutoencoderKLWan,
 }
 _BY_FRAME = ("AutoencoderKLTemporalDecoder", "AutoencoderKL")
+
+
+def codec_kind(path: Path) -> str:
+    """Class name of the autoencoder in ``path/vae``; ValueError if there is none we know."""
+    file = path / "vae/config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no vae/config.json there, so it is no video pipeline")
+    kind = str(json.loads(file.read_text("utf-8")).get("_class_name"))
+    if kind not in _VAES:
+        raise ValueError(f"{path / 'vae'}: {kind} is not one of {', '.join(_VAES)}")
+    return kind
 
 
 class VideoCodec:
@@ -45,7 +60,7 @@ class VideoCodec:
         scale, shift: latents are (z - shift) * scale, as the network is given them.
 
     Args:
-        vae: one of the five classes above.
+        vae: one of the classes above.
 
     Raises:
         ValueError: if it is another one.
@@ -69,25 +84,25 @@ class VideoCodec:
         self.scale = (float(config["scaling_factor"]),)
         self.shift = (float(config.get("shift_factor") or 0),)
         self.channels = int(config["latent_channels"])
+        if isinstance(vae, AutoencoderKLLTXVideo):
+            self.scale = tuple((config["scaling_factor"] / vae.latents_std).tolist())
+            self.shift = tuple(vae.latents_mean.tolist())
+            side = int(vae.spatial_compression_ratio)
+            self.stride = int(vae.temporal_compression_ratio), side, side
+            return
         levels = 2 ** (len(config["block_out_channels"]) - 1)
         time = 1
         if kind == "AutoencoderKLCogVideoX":
             time = int(config["temporal_compression_ratio"])
-        elif kind == "AutoencoderKLHunyuanVideo":
+        elif kind.startswith("AutoencoderKLHunyuanVideo"):
             time, levels = (int(config[f"{k}_compression_ratio"]) for k in ("temporal", "spatial"))
         self.stride = time, levels, levels
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "VideoCodec":
         """The autoencoder in ``path/vae``, in float32; ValueError if there is none we know."""
-        file = path / "vae/config.json"
-        if not file.is_file():
-            raise ValueError(f"{path}: no vae/config.json there, so it is no video pipeline")
-        kind = str(json.loads(file.read_text("utf-8")).get("_class_name"))
-        if kind not in _VAES:
-            raise ValueError(f"{path / 'vae'}: {kind} is not one of {', '.join(_VAES)}")
-        vae = _VAES[kind].from_pretrained(
-            path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        vae = _VAES[codec_kind(path)].from_pretrained(
+            path / "vae", dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
         return cls(nn.Module.to(vae, device))
 

@@ -17,6 +17,7 @@ from diffdiv.metrics.moving_digits import (
     principal_features,
     sample_clips,
     shown_through,
+    told_through,
 )
 from diffdiv.models.clip_net import ClipNet, clip_denoiser, clip_scheduler
 from diffdiv.models.denoiser import Denoiser
@@ -160,6 +161,16 @@ def test_noise_at_inference_is_the_median_of_training_and_fresh_at_every_t() -> 
         assert told.tolist() == pytest.approx([wanted] * 500, rel=3e-4)
         assert abs(found.var() / wanted**2 - 1) < 5 * (2 / found.numel()) ** 0.5
     assert abs(torch.corrcoef(torch.stack([late.flatten(), later.flatten()]))[0, 1]) < 5 / 8000**0.5
+
+
+def test_a_clean_image_is_told_the_level_that_a_noised_one_would_have() -> None:
+    train = TimeNoise(time_map(SCHEDULE), 5.0, clean_probability=0.5)
+    noise = TimeNoise(time_map(SCHEDULE), 5.0, clean_probability=0.0)
+    image, t = torch.randn(3, 16), torch.full((3,), 800.0).double()
+    shown, told = told_through(train)(image, t)
+    assert torch.equal(shown, image)
+    assert torch.equal(told, noised_through(noise, seed=0)(image, t)[1])
+    torch.testing.assert_close(told.double(), noise.quantile(0.5, t), rtol=1e-6, atol=0)
 
 
 def test_plentiful_data_has_no_seen_pairs() -> None:

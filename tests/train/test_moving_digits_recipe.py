@@ -66,7 +66,7 @@ def test_what_the_network_is_shown(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ClipNet, "forward", spy)
     train(tmp_path, f"condition.kind={kind}", "run.batch_size=64", "condition.beta_m=2",
-          "condition.a=1", "world.num_pairs=4")  # fmt: skip
+          "condition.a=1", "condition.clean_probability=0.1", "world.num_pairs=4")  # fmt: skip
     t, image, level = (torch.cat(part) for part in zip(*seen, strict=True))
     margin = image[:, :4]  # background everywhere in a clean image
     if kind == "clean":
