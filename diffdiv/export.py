@@ -19,6 +19,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffdiv.export_folder import finish, read_json, staged, write_json
+from diffdiv.export_sequences import copy_export, is_sequence_run
 from diffdiv.generate import load_pipeline
 from diffdiv.metrics.card import Evaluation
 from diffdiv.model_card import Card
@@ -193,8 +194,10 @@ def _cast(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
 def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = False) -> Path:
     """Export the student of a run's newest valid state, in float32; an adapter is merged.
 
+    Of a run of sequences (DNA, proteins): what it exported when it finished.
+
     Args:
-        run: run folder of a distillation.
+        run: run folder.
         out, force: as in :func:`export_pipeline`.
         ema: half-life, in images, of the average to export; None = the run's first, which its
             sample grids and its evaluation show; 0 = the last weights.
@@ -204,6 +207,8 @@ def export_run(run: Path, out: Path, *, ema: int | None = None, force: bool = Fa
             stock runs this student.
         CheckpointError: if it has no valid state.
     """
+    if is_sequence_run(run):
+        return copy_export(run, out, ema=ema, force=force)
     config, half_life, card = _read_run(run, ema)
     teacher, weights = (
         Path(config["teacher"]["path"]), student_state_dict(run, config, half_life)

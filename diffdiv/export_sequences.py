@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
+from diffdiv.export_folder import staged
 from diffdiv.metrics.card import versions
 from diffdiv.models import token_networks
 from diffdiv.models.token_networks import DilatedTokenNet, TransformerTokenNet
@@ -27,6 +29,8 @@ NETWORKS: Mapping[str, type[TokenNet]] = {
     "DilatedTokenNet": DilatedTokenNet,
     "TransformerTokenNet": TransformerTokenNet,
 }
+#: whose runs end with a pipeline in RUN/export
+RECIPES = ("masked_pretrain", "inverse_folding", "drakes")
 _README = """
 # {title}
 
@@ -139,6 +143,38 @@ def load_token_denoiser(path: Path) -> TokenDenoiser:
 def stored_length(path: Path) -> int:
     """Length of the sequences of an export, or of a run's ``export/``; ValueError without one."""
     return int(json.loads((_export_of(path) / "model_index.json").read_text("utf-8"))["length"])
+
+
+def is_sequence_run(run: Path) -> bool:
+    """Whether a folder holds a run of one of :data:`RECIPES`; False where there is nothing."""
+    file = run / "config.yaml"
+    return file.is_file() and yaml.safe_load(file.read_text("utf-8")).get("recipe") in RECIPES
+
+
+def copy_export(run: Path, out: Path, *, ema: int | None = None, force: bool = False) -> Path:
+    """Copy what a finished run of sequences exported, with its model card.
+
+    Args:
+        run: run folder.
+        out: the new folder.
+        ema: None, or the half-life of the run's average, in sequences.
+        force: replace an earlier export.
+
+    Returns ``out``.
+
+    Raises:
+        ValueError: if the run has not finished, ``ema`` is another average (the figures in the
+            model card would be those of other weights), or ``out`` may not be overwritten.
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    has = config["ema_half_life"]
+    if ema not in (None, has):
+        raise ValueError(f"ema: {ema}, but {run} measured and exports one average, that of {has}")
+    if not (run / "export" / "export.json").is_file():
+        raise ValueError(f"{run}: has not finished; 'diffdiv train' with its config goes on")
+    with staged(out, force, run) as stage:
+        shutil.copytree(run / "export", stage, dirs_exist_ok=True)
+    return out
 
 
 def _export_of(path: Path) -> Path:

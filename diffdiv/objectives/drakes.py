@@ -251,16 +251,40 @@ def _soft_steps(
     """The soft state after the last T steps [B, L, V+1] and the sum of their penalties [B]."""
     # the calls are checkpointed one by one: the backward holds one network's activations at a time
     predict = _maybe_checkpointed(path, policy.log_probs)
-    anchor = None if reference is None else _maybe_checkpointed(path, reference.log_probs)
     total = x.new_zeros(len(x))
     for step in range(path.num_hard, path.chain.num_steps):
         log_p = predict(x)
-        if anchor is not None:
-            total = total + term(x, log_p, anchor(x), path.chain, step)
+        if reference is not None:
+            of = partial(_soft_term, reference, path.chain, step, term)
+            total = total + _graded_at_once(of, x, log_p)
         x = soft_step(x, log_p, path.chain.rho(step), noise(step), path.tau)
         if path.hard == "step":
             x = straight_through(x)
     return x, total
+
+
+def _soft_term(
+    reference: TokenDenoiser, chain: Chain, step: int, term: StepPenalty, x: Tensor, log_p: Tensor
+) -> Tensor:
+    return term(x, log_p, reference.log_probs(x), chain, step)
+
+
+def _graded_at_once(of: Callable[[Tensor, Tensor], Tensor], x: Tensor, log_p: Tensor) -> Tensor:
+    """of(x, log_p) [B] with its first derivatives, and no graph behind it.
+
+    Row b must depend on row b of the arguments alone. Nothing later needs the reference but
+    through these terms, so its activations go as they come, and it is never called a second time.
+    """
+    outer = [t for t in (x, log_p) if t.requires_grad and torch.is_grad_enabled()]
+    if not outer:
+        return of(x, log_p)
+    inner = [t.detach().requires_grad_(t.requires_grad) for t in (x, log_p)]
+    value = of(*inner)
+    slopes = torch.autograd.grad(value.sum(), [t for t in inner if t.requires_grad])
+    total = value.detach()
+    for argument, slope in zip(outer, slopes, strict=True):
+        total = total + (slope * (argument - argument.detach())).flatten(1).sum(1)
+    return total
 
 
 def _maybe_checkpointed(path: SoftPath, log_probs: LogProbs) -> LogProbs:

@@ -1,5 +1,6 @@
 """Reward fine-tuning of masked diffusion on a problem whose every path can be enumerated."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
@@ -422,6 +423,19 @@ def test_checkpointing_changes_nothing(instance, hard, kl):
     plain, saved = (run(checkpointing=c, **steps)[0] for c in (False, True))
     assert torch.equal(plain, saved)
     assert torch.equal(gradient(plain, of), gradient(saved, of))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_reference_is_called_once_a_step_and_keeps_nothing(instance, checkpointing):
+    nets = [DilatedTokenNet(TOKENS, width=8, kernel=3, dilations=(1, 2)) for _ in range(2)]
+    of, anchor = (token_denoiser(torch.nn.Module.to(net, torch.float64)) for net in nets)
+    anchor.net.requires_grad_(False)
+    seen: list[weakref.ref[Tensor]] = []
+    anchor.net.mix.register_forward_hook(lambda _net, _x, out: seen.append(weakref.ref(out)))
+    loss, _ = loss_of(instance, of, anchor, checkpointing=checkpointing, kl="legacy")
+    assert len(seen) == 6 and all(activation() is None for activation in seen)  # loss is alive
+    loss.backward()
+    assert len(seen) == 6
 
 
 def test_trajectories_hard_at_every_step_are_the_samplers(instance, reference):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from builders import losses_of, state_of
+from typer.testing import CliRunner
 
 from diffdiv.api import prepare
+from diffdiv.cli import app
 from diffdiv.data.sequence_files import read_sequences, write_fasta
 from diffdiv.export_sequences import export_masked_sequences, load_token_denoiser, stored_length
 from diffdiv.models.token_networks import DilatedTokenNet
@@ -84,6 +86,19 @@ def test_what_is_exported_is_what_was_measured(files, tmp_path):
     assert sorted(path.name for path in (run / "samples").iterdir()) == [
         "policy.fa", "reference.fa", "step-00000000.fa", "step-00000002.fa",
     ]  # fmt: skip
+
+
+def test_the_export_of_a_run_from_the_command_line(files, tmp_path):
+    run, out = train(tmp_path / "run", files), tmp_path / "out"
+    cli = CliRunner()
+    assert cli.invoke(app, ["export", str(run), str(out)]).exit_code == 0
+    a, b = load_token_denoiser(run), load_token_denoiser(out)
+    assert torch.equal(a.log_probs(a.all_masked(1, 20)), b.log_probs(b.all_masked(1, 20)))
+    assert (out / "README.md").is_file() and stored_length(out) == 20
+    other = cli.invoke(app, ["export", str(run), str(tmp_path / "b"), "--ema", "0"])
+    assert other.exit_code != 0 and not (tmp_path / "b").exists()
+    (run / "export" / "export.json").unlink()
+    assert cli.invoke(app, ["export", str(run), str(tmp_path / "c")]).exit_code != 0
 
 
 @pytest.mark.parametrize("method", [[], [*GRADIENT, "objective.target_kl=0.5"], ENTROPY])

@@ -222,11 +222,12 @@ def test_real_peaks(tmp_path):
     if not (folder / "ctcf.fa.gz").is_file():
         pytest.skip("DIFFDIV_DNA_DATA names no folder with ctcf.fa.gz and pu1.fa.gz")
     items = [
-        "run.device=cpu", "run.batch_size=64", "run.steps=1200", "run.log_every=100",
-        "run.sample_every=null", "run.save_every=null", "run.trackers=[]", "model.width=48",
-        "model.kernel=7", "model.dilations=[1,2,4,8,1,2]", "export.num_evaluated=2048",
-        "export.num_steps=64", "lr=8e-3", "ema_half_life=4000", "optimizer.betas=[0.9,0.99]",
-        "optimizer.weight_decay=0.01", "optimizer.warmup_steps=100", "optimizer.decay_fraction=0.8",
+        "run.device=cpu", "run.precision=bf16", "run.batch_size=64", "run.steps=1000",
+        "run.log_every=100", "run.sample_every=null", "run.save_every=null", "run.trackers=[]",
+        "model.width=48", "model.kernel=7", "model.dilations=[1,2,4,8,1,2]", "lr=8e-3",
+        "export.num_evaluated=2048", "export.num_steps=64", "ema_half_life=2500",
+        "optimizer.betas=[0.9,0.98]", "optimizer.weight_decay=0.01", "optimizer.warmup_steps=40",
+        "optimizer.decay_fraction=1",
     ]  # fmt: skip
     for name, margin in (("ctcf", 0.05), ("pu1", 0.03)):
         path = folder / f"{name}.fa.gz"

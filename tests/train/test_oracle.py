@@ -154,8 +154,9 @@ def test_real_peaks(tmp_path):
     files = [f"data.positive={folder / 'ctcf.fa.gz'}", f"data.negative={folder / 'pu1.fa.gz'}"]
     recipe, config = prepare(
         "configs/oracle/dna.yaml",
-        [*files, f"run.folder={tmp_path}", "run.device=cpu", "run.trackers=[]", "run.steps=600",
-         "run.sample_every=null", "run.save_every=null"],
+        [*files, f"run.folder={tmp_path}", "run.device=cpu", "run.trackers=[]", "run.steps=400",
+         "run.sample_every=null", "run.save_every=null", "run.precision=bf16",
+         "ema_half_life=4000"],
     )  # fmt: skip
     recipe.main(config)
     assert min(metrics["auroc"] for metrics in figures(tmp_path).values()) >= 0.98
