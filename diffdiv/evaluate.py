@@ -1,5 +1,6 @@
 """Evaluation of a distilled student beside its teacher, on the same conditions and noise."""
 
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from diffdiv.core.noise import normal
 from diffdiv.data.digits import Attributes, PromptedDigits, load_digits, paint_red
+from diffdiv.evaluate_alignment import HELD_OUT, evaluate_alignment, second_judge
+from diffdiv.metrics.alignment import Score
 from diffdiv.metrics.card import Evaluation, Row, metric_card, write_evaluation
 from diffdiv.metrics.clip import clip_score, require_clip
 from diffdiv.metrics.frechet import frechet_distance
@@ -25,13 +28,14 @@ from diffdiv.metrics.judge import (
 from diffdiv.models.backbones import PromptEncoder
 from diffdiv.models.denoiser import Condition, GuidedDenoiser
 from diffdiv.resources import resource
-from diffdiv.rewards.images import WeightedReward, open_image_rewards
+from diffdiv.rewards.zoo import open_image_rewards, weights_sha256
+from diffdiv.runtime.reward_config import RewardConfig
 from diffdiv.runtime.student import OpenedRun, open_run, read_distillation
 from diffdiv.samplers import sample_ode, time_grid
 from diffdiv.sources import Sampler, Source
 
 REFERENCE_SIZE = 6000
-_HELD_OUT = 2 * 10**9  # far from every training index
+ALIGNMENT_IMAGES = 200  # each is scored a dozen times
 _SOLVERS = {"vp": "DDIM", "edm": "Heun", "flow": "Euler"}
 
 
@@ -139,6 +143,8 @@ def evaluate_path(
 ) -> Evaluation:
     """Teacher and student of an f-distill run, marked alike; writes evaluation.json.
 
+    Of a Diff-Instruct* run also what shows that its reward was hacked, in alignment.json.
+
     Args:
         path: run folder.
         num: images a row; row by row the same conditions and noise.
@@ -153,20 +159,25 @@ def evaluate_path(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_run(path, device)
     source, shape = opened.source, opened.generator.noise_shape(opened.source.shape)
-    exam, rewards = _exam(opened, num, inception, clip), _rewards(path, device)
+    exam, settings = _exam(opened, num, inception, clip), _reward_settings(path)
+    rewards = open_image_rewards(settings, device)
+    is_aligned = bool(rewards) and read_distillation(path)["recipe"] == "di_star"
+    scores: dict[str, Score] = {weighted.reward.name: weighted.reward for weighted in rewards}
+    if is_aligned and opened.kind == "prompted_digits":
+        scores |= second_judge(path, device)
 
     @torch.no_grad()
     def rewarded(sampler: Sampler) -> dict[str, float]:
-        """Mean of each reward of a Diff-Instruct* run, on prompts as in training."""
+        """Mean of each reward of a run, and by the second judge, on prompts as in training."""
         found: dict[str, list[Tensor]] = {}
         for start in range(0, num if rewards else 0, 50):
-            indices = [_HELD_OUT + i for i in range(start, min(start + 50, num))]
+            indices = [HELD_OUT + i for i in range(start, min(start + 50, num))]
             z = normal(shape, seed=seed, purpose="rewarded", indices=indices)
             x0 = sampler(z.to(device), source.conditions(indices).to(device))
             pictures, prompts = source.decode(x0).to(device), source.captions(indices)
-            for weighted in rewards:
-                values = weighted.reward(pictures, prompts)
-                found.setdefault(f"{weighted.reward.name} reward", []).append(values)
+            for name, score in scores.items():
+                values = score(pictures, prompts)
+                found.setdefault(f"{name} reward", []).append(values)
         return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
     @torch.no_grad()
@@ -195,8 +206,11 @@ def evaluate_path(
         command=f"diffdiv evaluate {shlex.quote(path.name)} --num {num} --seed {seed}",
         weights=exam.weights,
         ema_half_life=opened.half_life,
+        details={"rewards_sha256": weights_sha256(settings)} if settings else None,
     )
     written = write_evaluation(path, rows, card)
+    if is_aligned:
+        evaluate_alignment(path, opened, rewards, num=min(num, ALIGNMENT_IMAGES), seed=seed)
     if out is not None:
         out.write_bytes(written.read_bytes())
     return {"rows": rows, "card": card}
@@ -220,31 +234,16 @@ def _samplers(opened: OpenedRun) -> list[tuple[str, int, Sampler]]:
     ]
 
 
-@dataclass(frozen=True)
-class _Reward:
-    path: Path
-    scale: float
-    colour: str
-
-
-@dataclass(frozen=True)
-class _Rewards:
-    clip_score: _Reward | None
-    pickscore: _Reward | None
-    aesthetic: _Reward | None
-    judge: _Reward | None
-
-
-def _rewards(run: Path, device: torch.device) -> list[WeightedReward]:
+def _reward_settings(run: Path) -> dict[str, RewardConfig]:
     """What a Diff-Instruct* run was rewarded for; of any other run nothing."""
-    settings = read_distillation(run).get("rewards")
-    if settings is None:
-        return []
-    found = {
-        name: own and _Reward(Path(own["path"]), float(own["scale"]), own.get("colour", ""))
-        for name, own in settings.items()
+    config = read_distillation(run)
+    if config["recipe"] != "di_star":
+        return {}
+    return {
+        name: RewardConfig.model_validate_json(json.dumps(own), strict=True)
+        for name, own in config.get("rewards", {}).items()
+        if own is not None and own.get("file") is None  # code of a run folder is not run
     }
-    return open_image_rewards(_Rewards(**found), device)
 
 
 def _exam(opened: OpenedRun, num: int, inception: Path | None, clip: Path | None) -> Exam:

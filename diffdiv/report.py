@@ -39,6 +39,23 @@ class Figures(BaseModel):
     card: Object = {}
 
 
+class Finding(BaseModel):
+    """One diagnostic of a reward's side effects."""
+
+    name: str
+    before: float
+    after: float
+    help: str
+
+
+class Alignment(BaseModel):
+    """Content of alignment.json."""
+
+    findings: list[Finding] = []
+    times: list[dict[str, float]] = []
+    card: Object = {}
+
+
 class RunPage:
     """What the page shows of one run folder; files that are absent or damaged count as empty."""
 
@@ -52,6 +69,10 @@ class RunPage:
         self.figures = Figures()
         with suppress(OSError, ValueError):
             self.figures = Figures.model_validate_json((folder / "evaluation.json").read_bytes())
+        self.alignment = Alignment()
+        with suppress(OSError, ValueError):
+            content = (folder / "alignment.json").read_bytes()
+            self.alignment = Alignment.model_validate_json(content)
         said = self.figures.card.get("summary")  # where one sentence needs more than two rows
         self.summary = said if isinstance(said, str) else _summary(self.figures.rows)
         self.lines = _objects(folder / "metrics.jsonl")

@@ -73,6 +73,7 @@ def in_double() -> None:
 
     torch.set_default_dtype(torch.float64)
     load, decode = backbones.load_denoiser, backbones.LatentCodec.decode
+    with_gradient = backbones.LatentCodec.decode_with_gradient
     to_float = torch.Tensor.float
 
     def load_double(path: Path, *, dtype: torch.dtype = torch.float64) -> denoiser.Denoiser:
@@ -85,6 +86,9 @@ def in_double() -> None:
 
     backbones.load_denoiser = load_double
     backbones.LatentCodec.decode = lambda codec, latents: decode(codec, latents.to(torch.float32))
+    backbones.LatentCodec.decode_with_gradient = lambda codec, latents: with_gradient(
+        codec, latents.to(torch.float32)
+    )
     preview._INDICES = preview._INDICES[:8]
     nn.Module.float = lambda module: module
     torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)

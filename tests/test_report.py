@@ -60,6 +60,16 @@ def make_run(folder: Path, *, offset: float = 0.0) -> Path:
     rows.insert(0, {"name": "held-out images", "metrics": {"frechet_judge": 0.5}})
     card = {"n": 1000, "features": "embedded judge, not Inception", "weights_sha256": "ab" * 32}
     (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "card": card}))
+    finding = {"name": f"judge under JPEG {HOSTILE}", "before": -5.76, "after": -0.1315}
+    alignment = {
+        "findings": [finding | {"help": HOSTILE}],
+        "times": [
+            {"t": t, "regulariser": 0.0412, "fake_loss": loss, "reference_loss": 0.03}
+            for t, loss in ((100.0, 0.02), (900.0, 0.04))
+        ],
+        "card": {"n": 200, "seed": 0},
+    }
+    (folder / "alignment.json").write_text(json.dumps(alignment))
     return folder
 
 
@@ -295,3 +305,16 @@ def test_in_a_browser(width: int, tmp_path: Path) -> None:
     assert result["needed"] <= result["width"]
     assert result["images"] == result["drawn"] == 6
     assert result["shown"] >= 8
+
+
+def test_signs_of_hacking_are_shown_with_their_reading(tmp_path: Path) -> None:
+    text = html.unescape(
+        write_report([make_run(tmp_path / "run")], tmp_path / "r.html").read_text()
+    )
+    section = text[text.index("Was the reward hacked?") : text.index("<h2>Samples")]
+    assert "-5.76" in section and "-0.1315" in section and "n 200" in section
+    rows = re.findall(r"<td>(\d+)</td>.*?>(has followed|lags)<", section)
+    assert rows == [("100", "has followed"), ("900", "lags")]
+    (tmp_path / "run" / "alignment.json").write_text("{torn")
+    again = write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
+    assert "Was the reward hacked?" not in again

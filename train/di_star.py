@@ -14,24 +14,31 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffdiv.runtime.config import (
-    Config,
-    ExistingFolder,
-    OptimizerConfig,
-    ReplicatedRunConfig,
-)
+from diffdiv.runtime.config import Config, ExistingFolder, OptimizerConfig, ReplicatedRunConfig
 from diffdiv.runtime.distillation_config import LoraConfig, TeacherConfig
 from diffdiv.runtime.launch import run_recipe_file
+from diffdiv.runtime.reward_config import RewardsConfig
 
 
 class StudentConfig(Config):
-    """The generator to start from: a one-step pipeline folder, such as an f-distill export."""
+    """The generator to start from: a one-step pipeline folder, such as an f-distill export.
+
+    With ``lora`` an adapter on the reference's own network, as `diffdiv export --lora` writes it.
+    """
 
     path: ExistingFolder
+    lora: LoraConfig | None = None
     t_init: float = Field(gt=0)  # as it was distilled; export.json of its folder says so
     input_convention: Literal["unit", "ve"] = "unit"
     lr: float = Field(gt=0)
     ema_half_lives: tuple[Annotated[int, Field(gt=0)], ...] = (1000,)  # images; the first is used
+
+    @model_validator(mode="after")
+    def _path_holds_it(self) -> Self:
+        if (self.path / "pytorch_lora_weights.safetensors").is_file() != (self.lora is not None):
+            wanted = "an adapter (diffdiv export --lora)" if self.lora else "a whole pipeline"
+            raise ValueError(f"path {str(self.path)!r} does not hold {wanted}; lora says which")
+        return self
 
 
 class RegulariserConfig(Config):
@@ -42,33 +49,14 @@ class RegulariserConfig(Config):
     space: Literal["score", "eps", "x0"] = "x0"  # squared, pseudo_huber
     beta: float = Field(1.0, gt=0)  # didr: reward units per nat; a reward's scale has no part then
     guidance_reward: float = Field(0.0, ge=0)  # scale of guidance as a reward outside ("CFG out")
-
-
-class RewardConfig(Config):
-    """One reward; see diffdiv/rewards/images.py."""
-
-    path: ExistingFolder
-    scale: float = Field(1.0, ge=0)  # alpha: weight against the regulariser
-
-
-class JudgeConfig(RewardConfig):
-    """The embedded world's: a colour, where the prompt leaves it open."""
-
-    colour: str
-
-
-class RewardsConfig(Config):
-    """All rewards; at least one."""
-
-    clip_score: RewardConfig | None = None
-    pickscore: RewardConfig | None = None
-    aesthetic: RewardConfig | None = None
-    judge: JudgeConfig | None = None
+    # mean |fake_x0 - reference_x0|: the regulariser's weight, at first 1, is adapted until it is
+    # there (all but didr, whose beta says how far)
+    target: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _some(self) -> Self:
-        if not any((self.clip_score, self.pickscore, self.aesthetic, self.judge)):
-            raise ValueError("no reward is set: clip_score, pickscore, aesthetic or judge")
+    def _is_weighed(self) -> Self:
+        if self.name == "didr" and self.target is not None:
+            raise ValueError("target has no part in didr: beta says how far it goes")
         return self
 
 
@@ -94,7 +82,8 @@ class RecipeConfig(Config):
     teacher: TeacherConfig  # the reference; its guidance acts inside the regulariser ("CFG in")
     student: StudentConfig
     regulariser: RegulariserConfig = RegulariserConfig()
-    rewards: RewardsConfig
+    rewards: RewardsConfig  # at least one; of scale 0: held out, only looked at
+    keep_best: str | None = None  # a held-out reward: the state best in it is kept in RUN/best
     fake_lr: float = Field(gt=0)
     fake_lora: LoraConfig | None = LoraConfig()
     data: PromptsConfig
@@ -108,6 +97,11 @@ class RecipeConfig(Config):
             raise ValueError("teacher.dtype 'int8' has no gradient at its inputs; use 'bf16'")
         if self.teacher.dtype == "bf16" and self.run.precision != "bf16":
             raise ValueError("teacher.dtype 'bf16' needs run.precision 'bf16'")
+        held_out = {name for name, own in self.rewards.items() if own and own.scale == 0}
+        if self.keep_best is not None and self.keep_best not in held_out:
+            raise ValueError(f"keep_best: {self.keep_best!r} is no reward of scale 0")
+        if self.keep_best is not None and self.run.sample_every is None:
+            raise ValueError("keep_best looks every run.sample_every updates, which is null")
         return self
 
 
@@ -120,15 +114,19 @@ def main(config: RecipeConfig) -> None:
     from diffdiv.core.noise import normal
     from diffdiv.core.schedule import Noising
     from diffdiv.core.score_distance import pseudo_huber, squared
-    from diffdiv.models.adapters import trained_copies
-    from diffdiv.models.backbones import LatentCodec, load_denoiser
+    from diffdiv.core.tensor import loss_with_gradient, sum_over_ranks
+    from diffdiv.models.adapters import enable_checkpointing, trained_copies
+    from diffdiv.models.backbones import load_denoiser
     from diffdiv.models.denoiser import guided
     from diffdiv.models.generator import Generator
     from diffdiv.objectives import diff_instruct
     from diffdiv.objectives.f_distill import fake_score_loss
-    from diffdiv.rewards.images import check_image_reward, open_image_rewards
+    from diffdiv.objectives.policy_gradient import KlController
+    from diffdiv.runtime.best import KeepBest
     from diffdiv.runtime.preview import Preview
+    from diffdiv.runtime.rewards import attach_rewards
     from diffdiv.runtime.run import Run
+    from diffdiv.runtime.student import read_adapter
     from diffdiv.samplers import sample_ode, time_grid
     from diffdiv.sources import open_source
 
@@ -144,11 +142,18 @@ def main(config: RecipeConfig) -> None:
         teacher_path=config.teacher.path, teacher=base, seed=seed, device=run.device,
     )  # fmt: skip
     reference = guided(base, scale, source.uncond)
-    fake_net = trained_copies(
-        base.net, {"fake": config.fake_lora}, seed=seed,
-        checkpointing=config.teacher.checkpointing, compiled=config.teacher.compile,
-    )["fake"]  # fmt: skip
-    net = load_denoiser(choice.path).net.float().requires_grad_(True)
+    roles = {"fake": config.fake_lora, **({"student": choice.lora} if choice.lora else {})}
+    nets = trained_copies(
+        base.net, roles, seed=seed, checkpointing=config.teacher.checkpointing,
+        compiled=config.teacher.compile,
+    )  # fmt: skip
+    fake_net = nets["fake"]
+    if choice.lora is not None:
+        (net := nets["student"]).load_state_dict(read_adapter(choice.path, choice.lora.rank))
+    else:
+        net = load_denoiser(choice.path).net.float().requires_grad_(True)
+        if config.teacher.checkpointing:
+            enable_checkpointing(net)
     options, ema = {"optimizer": config.optimizer}, choice.ema_half_lives
     student = run.add("student", net, lr=choice.lr, ema_half_lives=ema, **options)
     fake = base.with_net(run.add("fake", fake_net, lr=config.fake_lr, **options))
@@ -156,20 +161,14 @@ def main(config: RecipeConfig) -> None:
     generator = Generator(base.with_net(student), choice.t_init, choice.input_convention)
 
     # -- rewards of decoded images ----------------------------------------------------------------
-    codec = LatentCodec(config.teacher.path, run.device)
-    rewards = open_image_rewards(config.rewards, run.device)
-    for weighted in rewards:
-        size = codec.factor * source.shape[-1]
-        check_image_reward(weighted.reward, size, source.captions([0])[0], run.device)
-
-    def score(x0, prompts):
-        """Weighted sum of all rewards [B], and the mean of each."""
-        images, total, seen = codec.decode_with_gradient(x0), 0.0, {}
-        for weighted in rewards:
-            value, plain = weighted(images, prompts)
-            total = total + value
-            seen[f"reward/{weighted.reward.name}"] = plain.mean()
-        return total, seen
+    rewards = attach_rewards(run, config.rewards, pipeline=config.teacher.path, source=source)
+    best = controller = None
+    if config.keep_best is not None:
+        best = KeepBest(run, config.keep_best)
+        run.attach("best", best)
+    if regulariser.target is not None:
+        controller = KlController(1.0, target=regulariser.target)
+        run.attach("controller", controller)
 
     # -- draws: functions of (seed, purpose, global sample index) --------------------------------
     draw = partial(Noising.draw, shape=source.shape, seed=seed, device=run.device)
@@ -184,6 +183,10 @@ def main(config: RecipeConfig) -> None:
 
     def held(x0, cond, prompts, indices):
         """The regulariser's loss and metrics."""
+
+        def wanted(clean):
+            return rewards.total(clean, prompts, indices)
+
         at = draw(student_times, indices=indices, purpose="student")
         common = {"reference": reference, "fake": judged_by, "schedule": base.schedule}
         match regulariser.name:
@@ -192,7 +195,7 @@ def main(config: RecipeConfig) -> None:
             case "didr":
                 tilt = partial(
                     diff_instruct.diffused_reward_score, reference=reference,
-                    reward=lambda clean: score(clean, prompts)[0], beta=regulariser.beta,
+                    reward=wanted, beta=regulariser.beta,
                     schedule=base.schedule,
                 )  # fmt: skip
                 common["reference"] = diff_instruct.tilted_reference(reference, base.schedule, tilt)
@@ -217,9 +220,25 @@ def main(config: RecipeConfig) -> None:
 
     preview = Preview(run, source, "student", ema[0], sampler_with, beside)
 
+    @torch.no_grad()
+    def held_out(name):
+        """Mean of a reward over 64 prompts, the same at every look and on all ranks."""
+        values, first = [], 2 * 10**9  # far from every training index
+        with run.averaged("student", ema[0]) as network:
+            for start in range(first, first + 64, 8):
+                x0, _, prompts = generate(network, range(start, start + 8))
+                images = source.decode(x0).to(run.device)
+                values.append(rewards.rewards[name].reward(images, prompts))
+        return float(torch.cat(values).double().mean())
+
+    def show():
+        preview.show()
+        if best is not None:
+            best.keep()
+
     run.restore()
     with run:
-        preview.show()
+        show()
         while run.step < config.run.steps:
             # even samples are the student's, odd ones the critic's
             with torch.no_grad():
@@ -238,10 +257,17 @@ def main(config: RecipeConfig) -> None:
                         run.log(metrics)
 
             with run.turn("student"):
+                weight, gaps = controller.alpha if controller else 1.0, []
                 for indices in run.micro_batches("student"):
                     x0, cond, prompts = generate(student, [2 * i for i in indices])
+                    # now, so that the decoder's activations are gone when the regulariser's come
+                    leaf = x0.detach().requires_grad_()
+                    reward, seen = rewards(leaf, prompts, indices)
+                    (pull,) = torch.autograd.grad(reward.mean(), leaf)
                     with run.autocast():
                         loss, metrics = held(x0, cond, prompts, indices)
+                        loss = weight * loss
+                        gaps.append(metrics["regulariser/score_gap"])
                         if regulariser.guidance_reward > 0:
                             at = draw(student_times, indices=indices, purpose="guidance")
                             loss = loss + regulariser.guidance_reward * (
@@ -250,13 +276,20 @@ def main(config: RecipeConfig) -> None:
                                     schedule=base.schedule,
                                 )
                             )  # fmt: skip
-                    reward, seen = score(x0, prompts)
                     if regulariser.name != "didr":  # there the reward is in the reference
-                        loss = loss - reward.mean()
+                        loss = loss - loss_with_gradient(x0, pull)
                     run.update("student", loss)
                     run.log({**metrics, **seen})
+                rewards.commit()
+                # in the turn: a state saved at its end knows of both
+                if controller is not None:
+                    gap = sum_over_ranks(torch.stack(gaps).mean()) / run.world_size
+                    controller.observe(float(gap))
+                    run.log({"regulariser/weight": weight})
+                if best is not None and run.every(config.run.sample_every):
+                    best.observe(held_out(config.keep_best))
             if run.every(config.run.sample_every):
-                preview.show()
+                show()
 
 
 if __name__ == "__main__":

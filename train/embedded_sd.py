@@ -4,8 +4,9 @@
 
 All of it is learned from the digits of scikit-learn on one CPU thread in under twelve minutes and
 saved as an ordinary StableDiffusionPipeline folder (fp16), with the judge that scores it; with
-embedded_sdxl.yaml as an SDXL pipeline, on the autoencoder and text encoder of that folder. A chain
-of small trainings, each a plain loop; not resumable. x0: scaled latent; eps: noise;
+embedded_sdxl.yaml as an SDXL pipeline, on the autoencoder and text encoder of that folder; with
+second_judge.yaml another judge alone, from digits that the first has never seen. A chain of small
+trainings, each a plain loop; not resumable. x0: scaled latent; eps: noise;
 v = alpha eps - sigma x0 (Salimans and Ho, arXiv 2202.00512v2, appendix D).
 """
 
@@ -46,7 +47,8 @@ class RecipeConfig(Config):
     """What to build, where, and for how long."""
 
     recipe: str = "embedded_sd"
-    architecture: Literal["sd", "sdxl"] = "sd"
+    architecture: Literal["sd", "sdxl"] | None = "sd"  # None: a judge alone
+    split: Literal["train", "test"] = "train"  # of the digits: 1500, or the 297 others
     start: StartConfig | None = None  # None: everything is trained here
     folder: Path  # receives the pipeline and evaluation.json
     judge_folder: Path | None = None  # receives the judge; None: it is not saved
@@ -457,18 +459,46 @@ def evaluate(config: RecipeConfig, judge: "Judge") -> Rows:
     return table
 
 
+def evaluate_judge(config: RecipeConfig, judge: "Judge") -> Rows:
+    """Accuracy on digits it has not seen, and how often the shipped judge says the same."""
+    import torch
+
+    from diffdiv.data.digits import PromptedDigits
+    from diffdiv.metrics.judge import attribute_accuracy, load_judge
+    from diffdiv.resources import resource
+
+    other = "test" if config.split == "train" else "train"
+    unseen = PromptedDigits(other, seed=config.seed).batch(range(config.num_evaluated))
+    shipped = load_judge(resource("assets/embedded_judge"))
+    with torch.no_grad():
+        ours, theirs = judge(unseen.images), shipped(unseen.images)
+    same = {name: ours[name].argmax(1) == theirs[name].argmax(1) for name in ours}
+    same["all"] = torch.stack(list(same.values())).all(0)
+    return {
+        "this judge": attribute_accuracy(judge, unseen.images, unseen.shown),
+        "the shipped judge": attribute_accuracy(shipped, unseen.images, unseen.shown),
+        "agreement": {name: hits.double().mean().item() for name, hits in same.items()},
+    }
+
+
 def write_evaluation(config: RecipeConfig, rows: Rows, seconds: float) -> None:
     """Prints the table and saves it with its card as evaluation.json."""
-    table = Table("", *rows["autoencoder"], title=f"{config.folder}, {seconds:.0f} CPU seconds")
+    table = Table(
+        "", *next(iter(rows.values())), title=f"{config.folder}, {seconds:.0f} CPU seconds"
+    )
     for name, values in rows.items():
         table.add_row(name, *(f"{value:.3f}" for value in values.values()))
     Console(width=110).print(table)  # a log file has no width of its own
-    weights = (config.folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    unet, judge = "unet/diffusion_pytorch_model.safetensors", "judge.safetensors"
+    weights = (config.folder / (unet if config.architecture else judge)).read_bytes()
+    compared = {
+        "features": "embedded judge divided by the reference's std, not Inception",
+        "reference": "6000 training composites",
+    }
     card = {
         "n": config.num_evaluated,
         "seed": config.seed,
-        "features": "embedded judge divided by the reference's std, not Inception",
-        "reference": "6000 training composites",
+        **(compared if config.architecture else {"trained on": f"digits of {config.split!r}"}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "cpu_seconds": round(seconds),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -487,7 +517,12 @@ def main(config: RecipeConfig) -> None:
 
     began = time.process_time()
     torch.set_num_threads(config.threads)
-    data = PromptedDigits("train", seed=config.seed).batch(range(config.num_images))
+    data = PromptedDigits(config.split, seed=config.seed).batch(range(config.num_images))
+    if config.architecture is None:
+        judge = train_judge(config, data)
+        save_judge(judge, config.folder)
+        rows = evaluate_judge(config, judge)
+        return write_evaluation(config, rows, time.process_time() - began)
     parts = load_parts(config.start) if config.start else train_parts(config, data)
     if config.judge_folder is not None:
         save_judge(parts.judge, config.judge_folder)

@@ -6,7 +6,9 @@
 One forward gives K predictions; K fixed DDIM steps combine them into x0 by a linear map. The
 student is trained by variational score distillation (a fake score, an adapter on the teacher, is
 fitted to its samples) plus a KL that keeps every predicted noise standard normal; or, with
-``objective.name: f_distill``, by any f-divergence and a GAN loss in place of the former.
+``objective.name: f_distill``, by any f-divergence and a GAN loss in place of the former. Rewards
+of the decoded images are optional: a CLIP score with a ceiling and a decay is the paper's CLIP
+loss.
 """
 
 from typing import Annotated, Literal, Self
@@ -22,6 +24,7 @@ from diffdiv.runtime.distillation_config import (
     TeacherConfig,
 )
 from diffdiv.runtime.launch import run_recipe_file
+from diffdiv.runtime.reward_config import OptionalRewardsConfig
 
 
 class StudentConfig(Config):
@@ -59,6 +62,7 @@ class RecipeConfig(Config):
     teacher: TeacherConfig
     student: StudentConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    rewards: OptionalRewardsConfig = Field(default_factory=dict)  # of images; see docs/tiue.md
     fake_lr: float = Field(gt=0)
     fake_lora: LoraConfig | None = LoraConfig(rank=64, alpha=108)
     data: DataConfig
@@ -75,6 +79,8 @@ class RecipeConfig(Config):
         if self.objective.name == "f_distill" and self.objective.gan.weight is None:
             if self.objective.divergence.name == "reverse_kl":
                 raise ValueError("objective: 'f_distill' by reverse_kl without a GAN is 'vsd'")
+        if any(self.rewards.values()) and self.data.kind in ("digits", "images"):
+            raise ValueError(f"rewards: data kind {self.data.kind!r} has no prompts and no VAE")
         return self
 
 
@@ -96,6 +102,7 @@ def main(config: RecipeConfig) -> None:
     from diffdiv.objectives import f_distill
     from diffdiv.objectives.tiue import moment_kl, vsd_loss
     from diffdiv.runtime.preview import Preview
+    from diffdiv.runtime.rewards import attach_rewards
     from diffdiv.runtime.run import Run
     from diffdiv.samplers import sample_ode, time_grid
     from diffdiv.sources import TeacherSamples, open_source
@@ -136,6 +143,11 @@ def main(config: RecipeConfig) -> None:
         get_divergence(divergence.name), decay=divergence.decay, clip=divergence.clip
     )
     run.attach("ratio", ratio)
+
+    # -- optional rewards of decoded images -------------------------------------------------------
+    rewards = None
+    if any(config.rewards.values()):
+        rewards = attach_rewards(run, config.rewards, pipeline=config.teacher.path, source=source)
 
     # -- the teacher's own samples: the preview's column, data-free mode --------------------------
     @torch.no_grad()
@@ -185,7 +197,11 @@ def main(config: RecipeConfig) -> None:
                         x0 = generator.steps.combine(z, outputs)
                         loss, metrics = distil(x0, cond, indices)
                     kl = moment_kl(generator.steps.predicted_noise(z, outputs))
-                    run.update("student", loss + objective.kl_weight * kl)
+                    loss = loss + objective.kl_weight * kl
+                    if rewards is not None and not rewards.is_over:
+                        reward, seen = rewards(x0, source.captions(indices), indices)
+                        loss, metrics = loss - reward.mean(), metrics | seen
+                    run.update("student", loss)
                     run.log({**metrics, "student/moment_kl": kl.detach()})
 
                     # the critic is fitted to samples that it has judged: none is judged twice
@@ -209,6 +225,8 @@ def main(config: RecipeConfig) -> None:
                         metrics |= more
                     run.log(metrics)
                 ratio.commit()
+                if rewards is not None:
+                    rewards.commit()
             if run.every(config.run.sample_every):
                 preview.show()
 

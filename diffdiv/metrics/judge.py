@@ -95,6 +95,25 @@ def attribute_accuracy(judge: Judge, images: Tensor, attributes: Attributes) -> 
     return {**result, "all": every.float().mean().item()}
 
 
+@torch.no_grad()
+def log_obedience(judge: Judge, images: Tensor, mentioned: Attributes) -> Tensor:
+    """Log-probability [B] of all that is mentioned, in nats, by the judge's heads.
+
+    Args:
+        judge: a trained judge.
+        images: [B, 3, 32, 32] in [-1, 1].
+        mentioned: what was asked for; entries of -1 count as obeyed.
+    """
+    logits = [judge(chunk) for chunk in _chunks(images)]
+    total = torch.zeros(len(images), device=images.device)
+    for name, wanted in mentioned.named().items():
+        log_p = torch.cat([chunk[name] for chunk in logits]).log_softmax(1)
+        asked = wanted.to(images.device)
+        found = log_p.gather(1, asked.clamp_min(0)[:, None])[:, 0]
+        total += torch.where(asked >= 0, found, 0.0)
+    return total
+
+
 def judge_frechet(features: Tensor, reference: Tensor) -> float:
     """Frechet distance after dividing both [N, 64] sets by the reference's standard deviation.
 

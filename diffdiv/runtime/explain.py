@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -41,7 +41,9 @@ def explain(error: ValidationError, config_class: type[BaseModel]) -> list[str]:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    parts = [str(part) if str(part).isprintable() else ascii(part) for part in loc]
+    # a part such as tuple[float, float] names the branch of a union, not a key
+    keys = [part for part in loc if not re.match(r"\w+\[.*\]$", str(part))]
+    parts = [str(part) if str(part).isprintable() else ascii(part) for part in keys]
     return ".".join(parts) or "the config"
 
 
@@ -49,7 +51,10 @@ def _sentence(error: ErrorDetails, config_class: type[BaseModel]) -> str:
     kind, context, given = error["type"], error.get("ctx", {}), _shown(error["input"])
     if kind == "extra_forbidden":
         options = leaves(config_class)
-        section = "".join(f"{part}." for part in error["loc"][:-1] if isinstance(part, str))
+        parts = [part for part in error["loc"][:-1] if isinstance(part, str)]
+        if parts and any(leaf.startswith(f"{parts[0]}.NAME.") for leaf in options):
+            parts[1:2] = ["NAME"]
+        section = "".join(f"{part}." for part in parts)
         inside = [leaf.removeprefix(section) for leaf in options if leaf.startswith(section)]
         here = sorted({leaf.partition(".")[0] for leaf in inside})
         places = {leaf.rpartition(".")[2]: leaf for leaf in options} | {name: name for name in here}
@@ -71,10 +76,15 @@ def nearest(name: str, places: Mapping[str, str]) -> str:
 
 
 def leaves(config_class: type[BaseModel]) -> list[str]:
-    """Dotted names of all options, sorted; the name of the recipe is none."""
+    """Dotted names of all options, sorted; the name of the recipe is none.
+
+    NAME stands for the names that a user gives, in a mapping of names to sections.
+    """
     names: set[str] = set()
     for name, field in config_class.model_fields.items():
         inner = _sections(field.annotation)
+        if get_origin(field.annotation) is dict:
+            name = f"{name}.NAME"
         names.update(f"{name}.{leaf}" for part in inner for leaf in leaves(part))
         names.update([] if inner else [name])
     return sorted(names - {"recipe"})

@@ -295,8 +295,11 @@ class Run:
         self.event("interrupted", f"told to stop, state saved after {self.phase}")
         raise SystemExit(INTERRUPTED)
 
-    def save(self) -> None:
+    def save(self) -> Path:
         """Save a state now, on all ranks together, unless this very state is already saved.
+
+        Returns:
+            Its folder.
 
         Raises:
             CheckpointError: on all ranks, if it could not be written.
@@ -330,6 +333,7 @@ class Run:
         # A barrier that carries the outcome, so that all ranks stop together.
         if resume.any_rank(failure is not None, self.device):
             raise failure or CheckpointError("rank 0 could not save the state")
+        return path
 
     def restore(self) -> bool:
         """Continue from the newest valid state, if there is any; call it after all ``add``.

@@ -6,6 +6,7 @@ from typing import NotRequired, TypedDict, cast
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffdiv.models.adapters import SharedBase, merged_state_dict
@@ -61,14 +62,6 @@ class Data(TypedDict):
     cache: str | None
 
 
-class Reward(TypedDict):
-    """What it says of one reward (Diff-Instruct*)."""
-
-    path: str
-    scale: float
-    colour: NotRequired[str]
-
-
 class Distillation(TypedDict):
     """The part of a run's config.yaml that is needed to use what it made."""
 
@@ -77,7 +70,8 @@ class Distillation(TypedDict):
     teacher: Teacher
     student: Student
     data: Data
-    rewards: NotRequired[dict[str, Reward | None]]
+    fake_lora: NotRequired[Lora | None]
+    rewards: NotRequired[dict[str, dict[str, object] | None]]  # Diff-Instruct*: RewardConfig
 
 
 def decoder_times(config: Distillation) -> tuple[list[int], int | None] | None:
@@ -119,12 +113,54 @@ def student_state_dict(run: Path, config: Distillation, half_life: int) -> dict[
     weights = load_weights(run, "student", half_life or None)
     if decoder_times(config) is not None:
         return {name.removeprefix("unet."): value for name, value in weights.items()}
+    return _plain(config, "student", weights, config["student"].get("lora"))
+
+
+def read_adapter(folder: Path, rank: int) -> dict[str, Tensor]:
+    """An adapter's weights by their names in a plain network, from `diffdiv export --lora`.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        ValueError: if its rank is another one.
+    """
+    file = folder / "pytorch_lora_weights.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no adapter there; diffdiv export --lora writes one")
+    weights = {key.partition(".")[2]: value for key, value in load_file(file).items()}
+    found = {value.shape[0] for key, value in weights.items() if ".lora_A." in key}
+    if found != {rank}:
+        raise ValueError(f"{file}: adapter of rank {sorted(found)}, not {rank}")
+    return weights
+
+
+def fake_state_dict(run: Path, config: Distillation) -> dict[str, Tensor]:
+    """The same of the fake score, as last trained.
+
+    Raises:
+        CheckpointError: if there is no valid state.
+    """
+    return _plain(config, "fake", load_weights(run, "fake"), config.get("fake_lora"))
+
+
+def _start(config: Distillation, path: Path) -> nn.Module:
+    """The network that a Diff-Instruct* student was at first."""
     lora = config["student"].get("lora")
+    if lora is None:
+        return load_denoiser(path).net
+    net = load_denoiser(Path(config["teacher"]["path"])).net
+    net.load_state_dict(_plain(config, "student", read_adapter(path, lora["rank"]), lora))
+    return net
+
+
+def _plain(
+    config: Distillation, role: str, weights: dict[str, Tensor], lora: Lora | None
+) -> dict[str, Tensor]:
+    """Weights of a plain network: those of a full copy, or an adapter's merged."""
     if lora is None:
         return weights
     net = load_denoiser(Path(config["teacher"]["path"])).net
     view = SharedBase(net).add(
-        "student",
+        role,
         rank=lora["rank"],
         alpha=lora["alpha"],
         targets=lora_targets(net),
@@ -187,7 +223,7 @@ def open_run(path: Path, device: torch.device) -> OpenedRun:
     student_net.load_state_dict(student_state_dict(path, config, half_life))
     base.net.to(device)
     first = student.get("path")
-    start = base.net if first is None else load_denoiser(Path(first)).net
+    start = base.net if first is None else _start(config, Path(first))
     source = open_source(
         data["kind"],
         None if data["path"] is None else Path(data["path"]),

@@ -14,6 +14,7 @@ from diffdiv.metrics.judge import (
     judge_features,
     judge_frechet,
     load_judge,
+    log_obedience,
     save_judge,
 )
 
@@ -97,3 +98,31 @@ def test_shipped_judge_reads_unseen_handwriting() -> None:
     same = judge_frechet(judge_features(judge, batch.images), reference)
     wrong = judge_frechet(judge_features(judge, batch.images.flip(2)), reference)
     assert 0 < same < 3 < wrong
+
+
+def test_log_obedience_is_the_sum_of_what_was_mentioned() -> None:
+    torch.manual_seed(0)
+    judge, images = Judge().eval(), torch.rand(3, 3, 32, 32) * 2 - 1
+    asked = torch.tensor([[3, 0, -1, 1], [-1, -1, -1, -1], [9, 5, 1, 0]])
+    found = log_obedience(judge, images, Attributes(*asked.unbind(1)))
+    with torch.no_grad():
+        logits = judge(images)
+    for row, wanted in enumerate(asked.tolist()):
+        expected = sum(
+            float(logits[name][row].softmax(0)[word].log())
+            for name, word in zip(logits, wanted, strict=True)
+            if word >= 0
+        )
+        assert float(found[row]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_second_judge_has_not_seen_the_firsts_digits_and_agrees() -> None:
+    """1,000 pictures of the first judge's own 1,500 digits; card: assets/README.md."""
+    first, second = (load_judge(JUDGE.parent / n) for n in (JUDGE.name, "embedded_second_judge"))
+    batch = PromptedDigits("train", seed=7).batch(range(1000))
+    accuracy = attribute_accuracy(second, batch.images, batch.shown)
+    assert accuracy["digit"] > 0.9 and min(accuracy[n] for n in ("colour", "background")) > 0.99
+    with torch.no_grad():
+        words = [judge(batch.images)["digit"].argmax(1) for judge in (first, second)]
+    assert (words[0] == words[1]).double().mean() > 0.9
+    assert not torch.equal(first.heads.weight, second.heads.weight)

@@ -11,7 +11,12 @@ from tiny_pipelines import write_pipeline
 from torch import Tensor
 
 from diffdiv.data.cache import fingerprint
-from diffdiv.models.backbones import LatentCodec, load_denoiser, stored_shape
+from diffdiv.models.backbones import (
+    LatentCodec,
+    checkpoint_blocks,
+    load_denoiser,
+    stored_shape,
+)
 
 CPU = torch.device("cpu")
 
@@ -68,3 +73,28 @@ def test_flux_is_as_large_as_its_vae_says(tmp_path: Path) -> None:
     middle = torch.tensor([0.5])
     assert float(large.schedule.sample_t(middle)) > float(small.schedule.sample_t(middle))
     assert stored_shape(write_pipeline("sd3", tmp_path / "sd3")) == (4, 8, 8)
+
+
+def decoded(vae: AutoencoderKL) -> tuple[Tensor, Tensor, int]:
+    """An image, the gradient of its square in the latent, and the bytes kept for it."""
+    kept: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.nbytes)
+        return x
+
+    latent = draw(1, 4, 8, 8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        image = vae.decode(latent).sample
+    (gradient,) = torch.autograd.grad(image.square().sum(), latent)
+    return image.detach(), gradient, sum(kept)
+
+
+def test_a_checkpointed_decoder_keeps_less_and_has_the_same_gradient(tmp_path: Path) -> None:
+    folder = tiny_stable_diffusion(tmp_path)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    image, gradient, much = decoded(vae)
+    checkpoint_blocks(vae.decoder)
+    again, same, little = decoded(vae)
+    assert torch.equal(image, again) and torch.equal(gradient, same)
+    assert little < 0.6 * much

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from builders import tiny_stable_diffusion
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_clip import write_clip
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel, CLIPProcessor
@@ -14,16 +14,15 @@ from diffdiv.data.digits import PromptedDigits
 from diffdiv.metrics.judge import load_judge
 from diffdiv.models.backbones import LatentCodec
 from diffdiv.resources import resource
-from diffdiv.rewards.images import (
-    ImageReward,
-    WeightedReward,
+from diffdiv.rewards.clip import (
     aesthetic_reward,
-    check_image_reward,
     clip_score_reward,
-    judge_reward,
+    hpsv2_reward,
     pickscore_reward,
 )
+from diffdiv.rewards.images import ImageReward, check_image_reward
 from diffdiv.rewards.sequences import RewardError
+from diffdiv.rewards.zoo import judge_reward
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red seven", "two on white", "a cat"]
@@ -49,7 +48,10 @@ def smooth_pictures(size=48):
     return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1)
 
 
-@pytest.mark.parametrize("make", [clip_score_reward, pickscore_reward], ids=lambda f: f.__name__)
+BY_COSINE = {clip_score_reward: 100, pickscore_reward: None, hpsv2_reward: 1}
+
+
+@pytest.mark.parametrize("make", BY_COSINE, ids=lambda f: f.__name__)
 def test_value_is_that_of_the_plain_route(clip, make):
     """8-bit pictures through the model's own processor: the cosine differs by less than 0.01."""
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
@@ -59,14 +61,25 @@ def test_value_is_that_of_the_plain_route(clip, make):
     with torch.no_grad():
         out = model(**inputs)
     cosine = (out.image_embeds * out.text_embeds).sum(1)
-    scale = 100 if make is clip_score_reward else float(model.logit_scale.detach().exp())
+    scale = BY_COSINE[make] or float(model.logit_scale.detach().exp())
     found = make(clip, CPU)(images, PROMPTS)
     torch.testing.assert_close(found, scale * cosine, rtol=0, atol=0.01 * scale)
 
 
-@pytest.mark.parametrize(
-    "make", [clip_score_reward, pickscore_reward, aesthetic_reward], ids=lambda f: f.__name__
-)
+def test_the_aesthetic_value_is_that_of_the_plain_route(clip):
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    pictures = [to_pil_image(((x + 1) * 127.5).round().to(torch.uint8)) for x in smooth_pictures()]
+    weights, reward = load_file(clip / "aesthetic.safetensors"), aesthetic_reward(clip, CPU)
+    with torch.no_grad():
+        inputs = processor(images=pictures, return_tensors="pt")
+        x = model.get_image_features(**inputs).pooler_output
+        x = x / x.norm(dim=1, keepdim=True)
+        for n in range(0, 10, 2):
+            x = x @ weights[f"layers.{n}.weight"].T + weights[f"layers.{n}.bias"]
+    torch.testing.assert_close(reward(smooth_pictures(), PROMPTS), x[:, 0], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("make", [*BY_COSINE, aesthetic_reward], ids=lambda f: f.__name__)
 def test_gradient_reaches_the_latent_and_is_right(clip, tmp_path, make):
     """Through the VAE; against a central difference along the gradient."""
     reward = make(clip, CPU)
@@ -122,18 +135,18 @@ def test_a_faulty_reward_is_named(name):
         check_image_reward(ImageReward(name, function), 16, "a", CPU)
 
 
-def test_above_the_ceiling_nothing_is_gained():
-    reward = ImageReward("mean", lambda x, p: x.flatten(1).mean(1))
-    images = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 4, 4).clone().requires_grad_()
-    value, plain = WeightedReward(reward, 2.0, ceiling=0.5)(images, ["a", "b"])
-    torch.testing.assert_close(value.detach(), torch.tensor([0.4, 1.0]))
-    torch.testing.assert_close(plain, torch.tensor([0.2, 0.8]))
-    (gradient,) = torch.autograd.grad(value.sum(), images)
-    assert bool(gradient[0].any()) and not bool(gradient[1].any())
-
-
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no CLIP model there"):
         clip_score_reward(tmp_path, CPU)
     with pytest.raises(FileNotFoundError, match=r"aesthetic\.safetensors"):
         aesthetic_reward(tmp_path, CPU)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"hpsv2_1\.safetensors"):
+        hpsv2_reward(tmp_path, CPU, name="hpsv2_1")
+
+
+def test_a_gradient_is_not_asked_of_a_black_box():
+    black_box = ImageReward("box", lambda x, p: x.detach().flatten(1).mean(1))
+    check_image_reward(black_box, 16, "a", CPU, needs_gradient=False)
+    with pytest.raises(RewardError, match="differentiable: false"):
+        check_image_reward(black_box, 16, "a", CPU)

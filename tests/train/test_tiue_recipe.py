@@ -22,6 +22,7 @@ from diffusers import DDPMScheduler
 from processes import CODE
 from safetensors.torch import load_file
 from test_families_through_cli import PRELOAD, command_lines
+from tiny_clip import write_clip
 from tiny_pipelines import tiny_sdxl
 from torchvision.utils import save_image
 
@@ -125,6 +126,25 @@ def test_killed_resumed_exported(world, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_the_clip_loss_fades_and_its_run_resumes(world, tmp_path):
+    """Through the VAE; weight 0 from update 4 on, when nothing is decoded any more."""
+    clip = write_clip(tmp_path / "clip")
+    more = [f"rewards.clip_score.path={clip}", "rewards.clip_score.scale=0.1"]
+    more += ["rewards.clip_score.decay_steps=4"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert world.run([*world.arguments("vsd", whole), *more]) == 0
+    assert world.run([*world.arguments("vsd", killed), *more], 3 * 2 + 1) == -signal.SIGKILL
+    assert world.run([*world.arguments("vsd", killed), *more]) == 0
+    a, b = state_of(whole), state_of(killed)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    lines = losses_of(whole)
+    assert lines == losses_of(killed)
+    assert ["reward/clip_score" in line for line in lines] == [True] * 4 + [False] * 4
+    norms = [line["reward_gradient/clip_score"] for line in lines[:4]]
+    assert norms[0] > norms[1] > norms[2] > norms[3] > 0
+
+
+@pytest.mark.slow
 def test_two_processes_end_where_one_ends(world, tmp_path):
     """Tiny SDXL in float64; the control leaves the gradients of each process to itself."""
 
@@ -183,6 +203,8 @@ def test_moment_kl_is_that_of_torch_and_does_not_depend_on_the_batch():
         ("objective.name=drakes", "objective.name"),
         ("run.sharding=fsdp2", "keeps whole networks"),
         ("objective.divergence.name=jensen", "jensen_shannon"),
+        ("rewards.clip.path=assets/embedded_sd", "did you mean 'clip_score'"),
+        ("rewards.clip_score.path=nowhere", "there is no folder 'nowhere'"),
     ],
 )
 def test_mistakes_in_the_configuration(item, message):
