@@ -11,10 +11,12 @@ from diffdiv.resources import find, resource
 from diffdiv.runtime.config import Config, ConfigError, load_config, read_config
 from diffdiv.runtime.explain import nearest
 from diffdiv.runtime.launch import Recipe, load_recipe
+from diffdiv.runtime.yaml_io import Plain, parse_yaml
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from diffdiv.models.architectures import Architecture
     from diffdiv.rehearsal import PlanSpec
     from diffdiv.rehearsal_video import VideoSpec
 
@@ -93,13 +95,57 @@ def load(path: str | Path) -> "DiffusionPipeline":
     return load_pipeline(Path(path))
 
 
+def written(config: str | Path, overrides: Sequence[str], key: str) -> Plain:
+    """What file and overrides say of a key, as yet unchecked; None = nothing, or null.
+
+    Args:
+        config, overrides: as in :func:`prepare`.
+        key: ``section.key``; of a section that overrides fill in, only that it is there counts.
+
+    Raises:
+        ConfigError: if file or value is no YAML that we accept.
+    """
+    found: Plain = read_config(config)[1]
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    for item in overrides:
+        name, _, text = item.partition("=")
+        if name.strip() == key:
+            found = parse_yaml(text, f"the value of {key}")
+        elif name.strip().startswith(f"{key}."):
+            found = found if isinstance(found, dict) else {}
+    return found
+
+
+def folder_of(config: str | Path, overrides: Sequence[str], key: str) -> Path:
+    """The folder that file and overrides name, here or bundled; perhaps it is not there."""
+    path = Path(str(written(config, overrides, key)))
+    return path if path.is_dir() else find(path) or path
+
+
+def architecture_of(folder: Path, like: str | None) -> "Architecture":
+    """The shapes of a teacher's folder, or those of ``like`` where it is not there.
+
+    Raises:
+        ConfigError: if neither says them.
+    """
+    from diffdiv.models.architectures import ARCHITECTURES, read_architecture
+
+    if folder.is_dir():
+        return read_architecture(folder)
+    if like is not None and like in ARCHITECTURES:
+        return ARCHITECTURES[like]
+    known = ", ".join(ARCHITECTURES)
+    raise ConfigError([f"teacher.path: there is no folder {folder}; name its kind: --like {known}"])
+
+
 def plan_config(
     config: str | Path, overrides: Sequence[str], like: str | None, processes: int = 1
 ) -> "PlanSpec | VideoSpec":
-    """What one GPU of an f-distill or TimeNoise run would have to hold; for `diffdiv plan`.
+    """What one GPU of an f-distill, Diff-Instruct* or TimeNoise run would have to hold.
 
-    Neither weights nor data need be there: where ``teacher.path`` (``model.path``) is no folder,
-    the shapes are those of ``like``.
+    For `diffdiv plan`. Neither weights nor data need be there: where ``teacher.path``
+    (``model.path``) is no folder, the shapes are those of ``like``.
 
     Args:
         config, overrides: as in :func:`train`, overrides as ``key=value``.
@@ -109,34 +155,26 @@ def plan_config(
     Raises:
         ConfigError: with every mistake; also if neither folder nor ``like`` says the shapes.
     """
-    from diffdiv.models.architectures import ARCHITECTURES, read_architecture
     from diffdiv.rehearsal import PlanSpec
 
-    name, values = read_config(config)
+    name, _ = read_config(config)
     if name == "timenoise":
         from diffdiv.plan_timenoise import timenoise_spec
 
         return timenoise_spec(config, overrides, like, processes)
+    if name == "di_star":
+        from diffdiv.plan_di_star import di_star_spec
+
+        return di_star_spec(config, overrides, like, processes)
     if name != "f_distill":
-        raise ConfigError([f"recipe: {name!r} cannot be planned, only f_distill and timenoise"])
-    given = [item.partition("=")[2] for item in overrides if item.startswith("teacher.path=")]
-    teacher = values.get("teacher")
-    written = teacher.get("path") if isinstance(teacher, dict) else None
-    asked_path = Path(str(given[-1] if given else written))
-    path = asked_path if asked_path.is_dir() else find(asked_path) or asked_path
+        known = "f_distill, timenoise and di_star"
+        raise ConfigError([f"recipe: {name!r} cannot be planned, only {known}"])
+    path = folder_of(config, overrides, "teacher.path")
     with TemporaryDirectory() as absent:  # stands for weights and data that are not there yet
         items = [*overrides, f"data.path={absent}"]
         items += [] if path.is_dir() else [f"teacher.path={absent}"]
         asked = prepare(config, items)[1].model_dump(mode="json")
-    if path.is_dir():
-        architecture = read_architecture(path)
-    elif like is not None and like in ARCHITECTURES:
-        architecture = ARCHITECTURES[like]
-    else:
-        known = ", ".join(ARCHITECTURES)
-        raise ConfigError(
-            [f"teacher.path: there is no folder {path}; name its kind: --like {known}"]
-        )
+    architecture = architecture_of(path, like)
     run, student, gan = asked["run"], asked["student"], asked["gan"]
     lora, fake_lora, is_cached = student["lora"], asked["fake_lora"], asked["data"]["cache"]
     needs_ratio = asked["divergence"]["name"] != "reverse_kl" or gan["weight"] is not None

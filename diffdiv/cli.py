@@ -79,7 +79,7 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of f_distill or timenoise.")],
+    config: Annotated[Path, typer.Argument(help="YAML file of f_distill, timenoise or di_star.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. run.batch_size=4")
     ] = None,

@@ -31,7 +31,7 @@ from diffdiv.resources import resource
 from diffdiv.rewards.zoo import open_image_rewards, weights_sha256
 from diffdiv.runtime.reward_config import RewardConfig
 from diffdiv.runtime.student import OpenedRun, open_run, read_distillation
-from diffdiv.samplers import sample_ode, time_grid
+from diffdiv.samplers import sample_in_parts, sample_ode, time_grid
 from diffdiv.sources import Sampler, Source
 
 REFERENCE_SIZE = 6000
@@ -173,7 +173,8 @@ def evaluate_path(
         for start in range(0, num if rewards else 0, 50):
             indices = [HELD_OUT + i for i in range(start, min(start + 50, num))]
             z = normal(shape, seed=seed, purpose="rewarded", indices=indices)
-            x0 = sampler(z.to(device), source.conditions(indices).to(device))
+            cond = source.conditions(indices).to(device)
+            x0 = sample_in_parts(sampler, z.to(device), cond)
             pictures, prompts = source.decode(x0).to(device), source.captions(indices)
             for name, score in scores.items():
                 values = score(pictures, prompts)
@@ -186,7 +187,7 @@ def evaluate_path(
         for start in range(0, num, 100):
             indices = range(start, min(start + 100, num))
             z = normal(shape, seed=seed, purpose="evaluation", indices=indices)
-            x0 = sampler(z.to(device), exam.conditions(indices).to(device))
+            x0 = sample_in_parts(sampler, z.to(device), exam.conditions(indices).to(device))
             parts.append(source.decode(x0))
         return torch.cat(parts)
 

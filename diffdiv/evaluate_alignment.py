@@ -31,6 +31,7 @@ from diffdiv.resources import resource
 from diffdiv.rewards.weighted import WeightedReward
 from diffdiv.rewards.zoo import judge_reward
 from diffdiv.runtime.student import OpenedRun, fake_state_dict, read_distillation
+from diffdiv.samplers import sample_in_parts
 from diffdiv.sources import Sampler
 
 HELD_OUT = 2 * 10**9  # far from every training index
@@ -137,7 +138,8 @@ def _draw(opened: OpenedRun, sampler: Sampler, asked: Sequence[int], seed: int) 
     for start in range(0, len(asked), _AT_ONCE):
         some = asked[start : start + _AT_ONCE]
         z = normal(shape, seed=seed, purpose="alignment", indices=range(start, start + len(some)))
-        parts.append(sampler(z.to(device), opened.source.conditions(some).to(device)))
+        cond = opened.source.conditions(some).to(device)
+        parts.append(sample_in_parts(sampler, z.to(device), cond))
     return torch.cat(parts)
 
 

@@ -1,7 +1,7 @@
 """What a run will need on one GPU, without a GPU and without weights.
 
-One cycle of train/f_distill.py or one step of train/timenoise.py runs on fake tensors (shapes
-without data): see rehearsal.py and rehearsal_video.py. What
+One cycle of train/f_distill.py or train/di_star.py, or one step of train/timenoise.py, runs on fake
+tensors (shapes without data): see rehearsal.py, rehearsal_reward.py and rehearsal_video.py. What
 no operator shows is a declared margin: CUDA context, workspaces of cuDNN and cuBLAS, NCCL buffers,
 fragmentation of the allocator. Time is FLOPs / (peak rate of the card x an assumed utilisation).
 """
@@ -22,6 +22,7 @@ from diffdiv.gpus import Assumptions as Assumptions
 from diffdiv.gpus import Gpu as Gpu
 from diffdiv.gpus import parse_gpu as parse_gpu
 from diffdiv.rehearsal import PlanSpec, Rehearsal, build_networks
+from diffdiv.rehearsal_reward import RewardRehearsal, RewardSpec, build_reward_networks
 from diffdiv.rehearsal_video import VideoRehearsal, VideoSpec, build_video_networks
 from diffdiv.runtime.network import Network
 
@@ -97,9 +98,13 @@ def _rehearse_cycle(spec: PlanSpec) -> tuple[Mapping[str, Network], Counters]:
         raise ValueError(
             f"size {spec.size} is no multiple of {step}, or batch {spec.batch} below 1"
         )
-    nets, counters = build_networks(spec), Counters()
+    counters, device = Counters(), torch.device("cpu")
+    nets = build_reward_networks(spec) if isinstance(spec, RewardSpec) else build_networks(spec)
     with FakeTensorMode(), cuda_autocast(), counters:
-        rehearsal = Rehearsal(spec, nets, torch.device("cpu"), counters)
+        if isinstance(spec, RewardSpec):
+            rehearsal: Rehearsal = RewardRehearsal(spec, nets, device, counters)
+        else:
+            rehearsal = Rehearsal(spec, nets, device, counters)
         rehearsal.cycle(critic_updates=1)
     return rehearsal.networks, counters
 
@@ -161,7 +166,7 @@ def _scaled(plan: Plan, name: str, **factors: float) -> Knob:
 def _lora_knobs(plan: Plan, spec: PlanSpec) -> Iterator[Knob]:
     if not (spec.student_rank and spec.fake_rank):
         return
-    if spec.base_dtype == "bf16":
+    if spec.base_dtype == "bf16" and not isinstance(spec, RewardSpec):  # int8 has no gradient at x
         share = _int8_share(build_networks(spec)["base"])
         yield _scaled(plan, "int8 base (linear layers)", frozen_weights=share)
     heads = plan.trained.get("disc", 0) / sum(plan.trained.values())
@@ -172,7 +177,8 @@ def _lora_knobs(plan: Plan, spec: PlanSpec) -> Iterator[Knob]:
 
 def _changes(spec: PlanSpec) -> dict[str, PlanSpec | VideoSpec]:
     changed: dict[str, PlanSpec | VideoSpec] = {}
-    if spec.text_on_gpu or spec.vae_images is not None:
+    is_rewarded = isinstance(spec, RewardSpec)  # by what the VAE decodes
+    if spec.text_on_gpu or (spec.vae_images is not None and not is_rewarded):
         changed["text and VAE off the GPU"] = replace(spec, text_on_gpu=False, vae_images=None)
     if spec.batch > 1:
         changed["batch halved"] = replace(spec, batch=spec.batch // 2)
@@ -230,6 +236,8 @@ def _basis(plan: Plan, gpu: Gpu, assume: Assumptions) -> str:
     sentence = "one step; a step of the optimiser may take several of them (run.accumulation)"
     if isinstance(plan.spec, PlanSpec):
         sentence = f"{plan.spec.critic_updates} critic updates a cycle"
+    if isinstance(plan.spec, RewardSpec):
+        sentence += "".join(f"; {note}" for note in plan.spec.notes())
     if gpu.rate is not None:
         rate = f"{gpu.rate / 1e12:g} TFLOP/s (vendor) x {assume.utilisation:.0%} (assumed)"
         sentence += f"; time at {rate}"

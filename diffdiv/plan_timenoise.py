@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from diffdiv.api import prepare
+from diffdiv.api import folder_of, prepare
 from diffdiv.rehearsal_video import SVD, VideoSpec, read_video_architecture
-from diffdiv.resources import find
-from diffdiv.runtime.config import ConfigError, read_config
+from diffdiv.runtime.config import ConfigError
 
 
 def timenoise_spec(
@@ -27,7 +26,7 @@ def timenoise_spec(
         ConfigError: with every mistake; also if neither folder nor ``like`` says the shapes.
         ValueError: if the folder is another pipeline than Stable Video Diffusion.
     """
-    path = _model_path(config, overrides)
+    path = folder_of(config, overrides, "model.path")
     with TemporaryDirectory() as absent:  # stands for weights and videos that are not there yet
         items = [*overrides, f"videos.path={absent}"]
         items += [] if path.is_dir() else [f"model.path={absent}"]
@@ -49,12 +48,3 @@ def timenoise_spec(
         shards=processes if run["sharding"] == "fsdp2" else 1,
         live=videos["cache"] is None,
     )
-
-
-def _model_path(config: str | Path, overrides: Sequence[str]) -> Path:
-    """Where the configuration says the pipeline is; perhaps not there."""
-    model = read_config(config)[1].get("model")
-    written = model.get("path") if isinstance(model, dict) else None
-    given = [item.partition("=")[2] for item in overrides if item.startswith("model.path=")]
-    path = Path(str(given[-1] if given else written))
-    return path if path.is_dir() else find(path) or path

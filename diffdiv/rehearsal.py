@@ -175,10 +175,10 @@ class Rehearsal:
         counters: Counters,
     ) -> None:
         self.spec, self.device, self.counters = spec, device, counters
-        frozen = {"base": "frozen weights", "text": "text", "VAE": "VAE"}
+        frozen = {"base": "frozen weights", "text": "text", "VAE": "VAE", "reward": "rewards"}
         for name, net in nets.items():
             if not isinstance(net, AdapterView):  # adapters get theirs with the base
-                with counters.kind(frozen.get(name, "trained weights")):
+                with counters.kind(frozen.get(name.partition("/")[0], "trained weights")):
                     materialise(net, device)
         base_net, self.vae = nets["base"], nets.get("VAE")
         trained = {role: nets[role] for role in ("student", "fake")}

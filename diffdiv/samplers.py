@@ -4,13 +4,24 @@ With y = x/alpha and s = sigma/alpha the ODE is dy/ds = eps(x, t) for every sche
 step (= DDIM, arXiv 2010.02502) and one Heun step (EDM, arXiv 2206.00364, algorithm 1) serve all.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from diffdiv.core.prediction import convert
 from diffdiv.core.schedule import Schedule
-from diffdiv.core.tensor import expand_like
+from diffdiv.core.tensor import at_once, expand_like
 from diffdiv.models.denoiser import Condition, Denoiser, GuidedDenoiser
+
+
+def sample_in_parts(
+    sampler: Callable[[Tensor, Condition], Tensor], z: Tensor, cond: Condition
+) -> Tensor:
+    """x0 [B, ...] of many noises and as many conditions, :func:`at_once` in a call."""
+    size = at_once(z.shape)
+    starts = range(0, len(z), size)
+    return torch.cat([sampler(z[i : i + size], cond[i : i + size]) for i in starts])
 
 
 def time_grid(schedule: Schedule, num_steps: int) -> Tensor:

@@ -25,6 +25,7 @@ from diffdiv.data.images import ImageFolder
 from diffdiv.data.prompts import PromptFile
 from diffdiv.models.backbones import LatentCodec, PromptEncoder, num_labels, stored_shape
 from diffdiv.models.denoiser import Condition, Denoiser
+from diffdiv.samplers import sample_in_parts
 
 Samples = tuple[Tensor, Condition]
 Sampler = Callable[[Tensor, Condition], Tensor]  # standard normal noise, conditions -> x0
@@ -301,7 +302,8 @@ class TeacherSamples:
         for start in range(0, _POOL_SIZE, 64):
             rows = range(start, start + 64)
             cond = self._source.conditions(rows).to(self._device)
-            parts.append(self._sampler(self._noise(rows).to(self._device), cond).float().cpu())
+            z = self._noise(rows).to(self._device)
+            parts.append(sample_in_parts(self._sampler, z, cond).float().cpu())
         x0 = torch.cat(parts)
         # ranks draw the same samples; each replaces the file as a whole
         staged = self._file.with_name(f".{self._file.name}-{os.getpid()}")

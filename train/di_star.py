@@ -114,7 +114,7 @@ def main(config: RecipeConfig) -> None:
     from diffdiv.core.noise import normal
     from diffdiv.core.schedule import Noising
     from diffdiv.core.score_distance import pseudo_huber, squared
-    from diffdiv.core.tensor import loss_with_gradient, sum_over_ranks
+    from diffdiv.core.tensor import at_once, loss_with_gradient, sum_over_ranks
     from diffdiv.models.adapters import enable_checkpointing, trained_copies
     from diffdiv.models.backbones import load_denoiser
     from diffdiv.models.denoiser import guided
@@ -225,8 +225,9 @@ def main(config: RecipeConfig) -> None:
         """Mean of a reward over 64 prompts, the same at every look and on all ranks."""
         values, first = [], 2 * 10**9  # far from every training index
         with run.averaged("student", ema[0]) as network:
-            for start in range(first, first + 64, 8):
-                x0, _, prompts = generate(network, range(start, start + 8))
+            size = at_once(source.shape)
+            for start in range(first, first + 64, size):
+                x0, _, prompts = generate(network, range(start, start + size))
                 images = source.decode(x0).to(run.device)
                 values.append(rewards.rewards[name].reward(images, prompts))
         return float(torch.cat(values).double().mean())

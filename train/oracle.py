@@ -9,9 +9,9 @@ RUN/export/evaluation.json their figures on chromosomes that neither has seen.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from diffdiv.runtime.config import Config, OptimizerConfig, ReplicatedRunConfig
 from diffdiv.runtime.launch import run_recipe_file
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffdiv.data.sequences import SequenceSet
-    from diffdiv.rewards.oracle import SequenceOracle
+    from diffdiv.rewards.oracle import Oracle
 
 Chromosomes = Annotated[tuple[str, ...], Field(min_length=1)]
 NAMES = ("finetune", "evaluation")
@@ -56,12 +56,38 @@ class DataConfig(Config):
         return self
 
 
-class ModelConfig(Config):
-    """SequenceOracle of diffdiv/rewards/oracle.py."""
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r} (safetensors of the trunk's weights)")
+    return path
 
-    width: int = Field(96, ge=4)
+
+class TrunkConfig(Config):
+    """EnformerTrunk of diffdiv/models/enformer.py; the defaults are the published sizes."""
+
+    path: Annotated[Path, AfterValidator(_existing)] | None = None  # None: random weights
+    channels: int = Field(1536, ge=6)
+    num_conv: int = Field(7, ge=3)
+    num_transformer: int = Field(11, ge=0)
+    heads: int = Field(8, ge=1)
+    key_size: int = Field(64, ge=1)
+    divisor: int = Field(128, ge=1)  # channels of the convolutional layers are multiples of it
+
+
+class ModelConfig(Config):
+    """SequenceOracle or EnformerOracle of diffdiv/rewards/oracle.py."""
+
+    kind: Literal["convolutional", "enformer"] = "convolutional"
+    width: int = Field(96, ge=4)  # width, kernel: convolutional
     kernel: int = Field(15, ge=3)  # odd
     dropout: float = Field(0.0, ge=0, lt=1)  # above 0, several processes are not as one
+    trunk: TrunkConfig = TrunkConfig()  # enformer
+
+    @model_validator(mode="after")
+    def _trunk_is_used(self) -> Self:
+        if self.kind == "convolutional" and self.trunk != TrunkConfig():
+            raise ValueError("trunk: only kind enformer has one; give kind=enformer too")
+        return self
 
 
 class RecipeConfig(Config):
@@ -96,26 +122,27 @@ def read_data(data: DataConfig) -> "SequenceSet":
     return merge_classes(positive, negative)
 
 
-def build_oracles(
-    config: RecipeConfig, seen: "Tensor", is_classes: bool
-) -> "dict[str, SequenceOracle]":
+def build_oracles(config: RecipeConfig, seen: "Tensor", is_classes: bool) -> "dict[str, Oracle]":
     """Both networks, differently initialised, with outputs in the unit of ``seen`` [N, D]."""
     import torch
 
-    from diffdiv.rewards.oracle import SequenceOracle
+    from diffdiv.models.enformer import load_enformer_trunk
+    from diffdiv.rewards.oracle import EnformerOracle, SequenceOracle
 
-    data, oracles = config.data, {}
+    model, data, oracles = config.model, config.data, dict[str, "Oracle"]()
+    classes = [str(path) for path in (data.negative, data.positive)] if is_classes else None
+    common = {"num_outputs": seen.shape[1], "dropout": model.dropout, "classes": classes}
+    if not is_classes:
+        common |= {"shift": seen.mean(0).tolist(), "scale": seen.std(0).clamp_min(1e-6).tolist()}
     for number, name in enumerate(NAMES):
         torch.manual_seed(2 * config.run.seed + number)
-        oracles[name] = SequenceOracle(
-            num_outputs=seen.shape[1],
-            width=config.model.width,
-            kernel=config.model.kernel,
-            dropout=config.model.dropout,
-            classes=[str(path) for path in (data.negative, data.positive)] if is_classes else None,
-            shift=None if is_classes else seen.mean(0).tolist(),
-            scale=None if is_classes else seen.std(0).clamp_min(1e-6).tolist(),
-        )
+        if model.kind == "convolutional":
+            oracles[name] = SequenceOracle(width=model.width, kernel=model.kernel, **common)
+            continue
+        sizes = model.trunk.model_dump(exclude={"path"})
+        oracles[name] = oracle = EnformerOracle(**sizes, **common)
+        if model.trunk.path is not None:
+            load_enformer_trunk(oracle.trunk, model.trunk.path)
     return oracles
 
 

@@ -1,5 +1,7 @@
 """Small tensor helpers shared by every layer above."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,15 @@ def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
 def flat_mean(x: Tensor) -> Tensor:
     """Mean over everything but the first axis: [B, ...] -> [B]."""
     return x.flatten(1).mean(1)
+
+
+def at_once(shape: Sequence[int]) -> int:
+    """How many samples [..., H, W] are made in one call: 64 of 16x16, one of 128x128 (SDXL's).
+
+    Without gradients nothing else bounds a batch, and a batch that fits in training must not fail
+    when its samples are looked at.
+    """
+    return max(1, min(64, 2**14 // (shape[-2] * shape[-1])))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

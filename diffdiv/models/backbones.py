@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffdiv.core.tensor import at_once
 from diffdiv.models.denoiser import Denoiser
 from diffdiv.models.families import FAMILIES, latent_shape, schedule_for
 from diffdiv.models.families import call_sd_unet as call_sd_unet
@@ -235,17 +236,13 @@ class LatentCodec:
         def decode(latent: Tensor) -> Tensor:
             return self.vae.decode(latent / self.scale + self.shift, return_dict=False)[0]
 
-        parts = latents.float().to(self.vae.device).split(self._at_once(latents))
+        parts = latents.float().to(self.vae.device).split(at_once(latents.shape))
         with torch.autocast(self.vae.device.type, enabled=False):  # SDXL's overflows in half
             return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in parts])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W] float32 on the CPU."""
-        parts = latents.float().to(self.vae.device).split(self._at_once(latents))
+        parts = latents.float().to(self.vae.device).split(at_once(latents.shape))
         images = [self.vae.decode(p / self.scale + self.shift, return_dict=False)[0] for p in parts]
         return torch.cat(images).clamp(-1, 1).cpu()
-
-    @staticmethod
-    def _at_once(latents: Tensor) -> int:
-        return max(1, min(64, 2**14 // latents[0, 0].numel()))  # one at a time at 1024 pixels

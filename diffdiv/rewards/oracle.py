@@ -4,6 +4,7 @@ x         one-hot or soft sequences [B, L, 4]
 D         outputs: activities, or the logit of one class against another
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
+from diffdiv.models.enformer import EnformerTrunk
 from diffdiv.rewards.sequences import SequenceReward
 
 
@@ -54,29 +56,88 @@ class SequenceOracle(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [B, D]; the mean of both strands."""
-        both = torch.cat([x, x.flip(1, 2)]).to(self.head.weight.dtype)
+        both = _both_strands(x).to(self.head.weight.dtype)
         features = relu(self.conv1(both.transpose(1, 2).unsqueeze(2)))
         features = relu(self.conv2(max_pool2d(features, (1, 4)))).squeeze(2)
         pooled = torch.cat([features.amax(2), features.mean(2)], 1)
-        forward, backward = self.head(self.drop(pooled)).chunk(2)
-        mean = (forward + backward) / 2
-        return mean.new_tensor(self._shift) + mean.new_tensor(self._scale) * mean
+        return _in_unit(self.head(self.drop(pooled)), self._shift, self._scale)
 
 
-def load_oracle(folder: Path) -> SequenceOracle:
+class EnformerOracle(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as above
+    """Mean over the places of an Enformer trunk, one linear layer; the same for both strands.
+
+    DRAKES' oracle of enhancer activity (arXiv 2410.13643) with the mean of both strands, which the
+    trunk by itself tells apart. A sequence's value does not depend on its neighbours.
+
+    Args:
+        num_outputs: D.
+        channels, num_conv, num_transformer, heads, key_size, divisor, dropout: of the trunk.
+        classes, shift, scale: as of :class:`SequenceOracle`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_outputs: int = 1,
+        channels: int = 1536,
+        num_conv: int = 7,
+        num_transformer: int = 11,
+        heads: int = 8,
+        key_size: int = 64,
+        divisor: int = 128,
+        dropout: float = 0.0,
+        classes: Sequence[str] | None = None,
+        shift: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk = EnformerTrunk(
+            channels, num_conv, num_transformer, heads, key_size, divisor, dropout
+        )
+        self.head = nn.Linear(2 * channels, num_outputs)
+        self._shift, self._scale = shift or [0.0] * num_outputs, scale or [1.0] * num_outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [B, D]; the mean of both strands."""
+        features = self.trunk(_both_strands(x)).mean(1)
+        return _in_unit(self.head(features), self._shift, self._scale)
+
+
+#: what train/oracle.py makes
+Oracle = SequenceOracle | EnformerOracle
+
+
+def _both_strands(x: Tensor) -> Tensor:
+    """[B, L, 4] -> [2 B, L, 4], the reverse complements last."""
+    return torch.cat([x, x.flip(1, 2)])
+
+
+def _in_unit(outputs: Tensor, shift: Sequence[float], scale: Sequence[float]) -> Tensor:
+    """Linear outputs [2 B, D] of both strands -> [B, D] in the unit of the measurements."""
+    forward, backward = outputs.chunk(2)
+    mean = (forward + backward) / 2
+    return mean.new_tensor(shift) + mean.new_tensor(scale) * mean
+
+
+def load_oracle(folder: Path) -> Oracle:
     """The frozen oracle of a folder that train/oracle.py wrote.
 
     Raises:
         ValueError: if there is none.
     """
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise ValueError(f"{folder}: no config.json there, so it is no oracle (train/oracle.py)")
-    oracle = SequenceOracle.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    kind = {one.__name__: one for one in (SequenceOracle, EnformerOracle)}.get(name)
+    if kind is None:
+        raise ValueError(f"{folder}: holds a {name}, which is no oracle (train/oracle.py)")
+    oracle: Oracle = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return oracle.eval().requires_grad_(False)
 
 
 def oracle_reward(
-    oracle: SequenceOracle, *, output: int = 0, bound: float | None = None, name: str = "oracle"
+    oracle: Oracle, *, output: int = 0, bound: float | None = None, name: str = "oracle"
 ) -> SequenceReward:
     """One output of an oracle as a reward.
 

@@ -15,6 +15,7 @@ from diffdiv.models.denoiser import Condition
 from diffdiv.runtime.resume import any_rank
 from diffdiv.runtime.run import Run
 from diffdiv.runtime.yaml_io import replace_text
+from diffdiv.samplers import sample_in_parts
 from diffdiv.sources import Source
 
 _INDICES = range(10**9, 10**9 + 32)  # far from every training index
@@ -56,10 +57,11 @@ class Preview:
         z, cond = z.to(run.device), source.conditions(_INDICES).to(run.device)
         is_missing = run.is_main and not (folder / "teacher.png").is_file()
         if self.teacher is not None and any_rank(is_missing, run.device):
+            start = z[:, : source.shape[0]]
             with torch.no_grad():
-                self._save(folder / "teacher.png", self.teacher(z[:, : source.shape[0]], cond))
+                self._save(folder / "teacher.png", sample_in_parts(self.teacher, start, cond))
         with run.averaged(self.name, self.half_life) as net:
-            x0 = self.sampler_with(net)(z, cond)
+            x0 = sample_in_parts(self.sampler_with(net), z, cond)
         self._save(folder / f"step-{run.step:08d}.png", x0)
         grid = {"rows": len(_INDICES) // _COLUMNS, "columns": _COLUMNS}
         captions = {"prompts": source.captions(_INDICES), **grid}

@@ -8,15 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from builders import losses_of, state_of
+from safetensors.torch import save_file
+from torch.nn.functional import one_hot
 
 from diffdiv.api import prepare
 from diffdiv.data.sequence_files import read_sequences, write_fasta
 from diffdiv.data.sequences import encode
+from diffdiv.models.enformer import EnformerTrunk
 from diffdiv.rewards.oracle import load_oracle, oracle_reward
 from diffdiv.rewards.sequences import check_reward
 from diffdiv.runtime.config import ConfigError
 from diffdiv.runtime.run import Run
 
+ENFORMER = [
+    "model.kind=enformer", "model.trunk.channels=24", "model.trunk.num_conv=3", "model.dropout=0.2",
+    "model.trunk.num_transformer=1", "model.trunk.heads=2", "model.trunk.key_size=4",
+    "model.trunk.divisor=4",
+]  # fmt: skip
 SMALL = [
     "run.batch_size=16", "run.steps=4", "run.log_every=1", "run.trackers=[]", "run.device=cpu",
     "run.sample_every=2", "run.save_every=2", "model.width=8", "model.kernel=7",
@@ -120,6 +128,46 @@ def test_stopped_and_resumed_it_ends_bitwise_equal(classes, tmp_path, monkeypatc
     assert losses_of(whole) == losses_of(tmp_path / "cut")
 
 
+def test_enformer_begins_from_a_file_resumes_and_is_reloaded(classes, tmp_path, monkeypatch):
+    torch.manual_seed(5)
+    sizes = {"channels": 24, "num_conv": 3, "num_transformer": 1, "heads": 2, "key_size": 4}
+    state = EnformerTrunk(**sizes, divisor=4).state_dict()
+    state["stem.1.fn.0.running_var"] += 1
+    save_file(state, tmp_path / "trunk.safetensors")
+    items = [*classes, *ENFORMER, f"model.trunk.path={tmp_path / 'trunk.safetensors'}"]
+    whole = train(tmp_path / "whole", *items, "lr=1e-6")
+    update = Run.update
+
+    def stopping(self, net, loss):
+        update(self, net, loss)
+        if self.updates["evaluation"] == 3 and net == "evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "update", stopping)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "cut", *items, "lr=1e-6")
+    monkeypatch.setattr(Run, "update", update)
+    train(tmp_path / "cut", *items, "lr=1e-6")
+    a, b = state_of(whole), state_of(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    oracles = [load_oracle(whole / "export" / name) for name in ("finetune", "evaluation")]
+    assert not torch.equal(oracles[0].head.weight, oracles[1].head.weight)
+    for oracle in oracles:
+        for name, value in oracle.trunk.state_dict().items():
+            torch.testing.assert_close(value, state[name], atol=2e-5, rtol=0)
+        check_reward(oracle_reward(oracle), 24, needs_gradient=True)
+        x = one_hot(random_tokens(3, 9), 4).float()
+        torch.testing.assert_close(oracle(x), oracle(x.flip(1, 2)))
+
+
+def test_enformer_learns_a_share(table, tmp_path):
+    run = train(tmp_path, *table, *ENFORMER, "model.dropout=0", "run.steps=40",
+                "run.batch_size=32", "run.sample_every=null", "run.save_every=null")  # fmt: skip
+    assert min(metrics["pearson"] for metrics in figures(run).values()) > 0.8
+    up = oracle_reward(load_oracle(run / "export" / "finetune"))
+    assert abs(float(up(random_tokens(200, 8)).mean()) - 105) < 1
+
+
 def test_accumulation_changes_nothing_but_rounding(classes, tmp_path):
     one = losses_of(train(tmp_path / "one", *classes))
     four = losses_of(train(tmp_path / "four", *classes, "run.accumulation=4"))
@@ -133,6 +181,8 @@ def test_mistakes(classes, table, tmp_path):
         (classes[:1], "negative"),
         ([*classes, table[0]], "not both"),
         (["data.path=/no/such.csv"], "must be a file"),
+        ([*classes, "model.trunk.heads=4"], "kind=enformer"),
+        ([*classes, ENFORMER[0], "model.trunk.path=/no/such.safetensors"], "there is no file"),
     ]:
         with pytest.raises(ConfigError, match=word):
             prepare("configs/oracle/dna.yaml", items)
