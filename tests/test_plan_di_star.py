@@ -84,9 +84,10 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    [TINY, *(pytest.param(spec, marks=pytest.mark.slow) for spec in OTHERS)],
+    [TINY, *OTHERS],
     ids=["adapters", "DIDR, accumulated", "integral KL, copies", "three rewards"],
 )
 def test_plan_equals_a_real_cycle(spec: RewardSpec) -> None:
@@ -109,6 +110,7 @@ def test_plan_equals_a_real_cycle(spec: RewardSpec) -> None:
     assert planned == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.slow
 def test_gradients_of_earlier_micro_batches_are_held() -> None:
     plan = plan_cycle(replace(TINY, accumulates=True))
     assert plan.peaks["student: reward"]["gradients"] >= 4 * plan.trained["student"]
@@ -151,6 +153,7 @@ def test_what_the_configuration_says(tmp_path: Path) -> None:
     assert [shape.name for shape in di_star_spec(LORA, off, "sdxl").rewards] == ["aesthetic"]
 
 
+@pytest.mark.slow
 def test_tiny_folders_and_what_is_said(tmp_path: Path) -> None:
     folder = builders.tiny_stable_diffusion(tmp_path / "sd")
     items = [f"teacher.path={folder}", "teacher.dtype=fp32", "run.precision=fp32"]
